@@ -1,0 +1,343 @@
+"""ViTSimple: a plain Vision Transformer (Dosovitskiy et al., arXiv:2010.11929) that reads from top to bottom.
+
+Letters in the shape comments: B batch, C num_channels, H W image height and width in pixels, P patch size, N patches =
+(H/P)(W/P), T tokens = prefix (class token, registers) + N, D hidden_size, h heads, d = D/h, K num_labels.
+A checkpoint has timm's keys, and one file serves the backbone and the classifier.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_vit_simple import ViTSimpleConfig, pair
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into patches and projects each to a token: (B, C, H, W) -> (B, N, D)."""
+
+    def __init__(self, config: ViTSimpleConfig):
+        super().__init__()
+        patch_size = pair(config.patch_size)
+        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.proj(pixel_values).flatten(2).transpose(1, 2)  # (B, D, H/P, W/P) -> (B, N, D)
+
+
+def sincos2d(rows: int, columns: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Fixed positions of a grid, (1, rows * columns, dim) in float32: sine and cosine of x, then of y.
+
+    "Better plain ViT baselines for ImageNet-1k", arXiv:2205.01580, section 3; the temperature is 10,000.
+    """
+    frequency = 10_000 ** -torch.linspace(0, 1, dim // 4, device=device)
+    y = torch.arange(rows, device=device)[:, None, None] * frequency  # (rows, 1, dim/4)
+    x = torch.arange(columns, device=device)[None, :, None] * frequency  # (1, columns, dim/4)
+    parts = [part.expand(rows, columns, -1) for part in (x.sin(), x.cos(), y.sin(), y.cos())]
+    return torch.cat(parts, dim=-1).view(1, rows * columns, dim)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, with the signature of `ALL_ATTENTION_FUNCTIONS`; images have no mask."""
+    weights = (query * scaling) @ key.transpose(-2, -1)  # (B, h, T, d) x (B, h, d, T) -> (B, h, T, T)
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    x = F.dropout(weights, dropout, module.training) @ value  # (B, h, T, T) x (B, h, T, d) -> (B, h, T, d)
+    return x.transpose(1, 2), weights  # (B, T, h, d), (B, h, T, T)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (arXiv:1706.03762, section 3.2): (B, T, D) -> (B, T, D)."""
+
+    is_causal = False
+
+    def __init__(self, config: ViTSimpleConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        B, T, D = x.shape
+        d = D // self.num_heads
+        query, key, value = self.qkv(x).view(B, T, 3, self.num_heads, d).permute(2, 0, 3, 1, 4)  # 3 x (B, h, T, d)
+        implementation = self.config._attn_implementation
+        attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        # is_causal is said in the call too: older sdpa wrappers take it from nowhere else and mask the future.
+        x, weights = attend(self, query, key, value, None, scaling=d**-0.5, dropout=dropout, is_causal=False)
+        return self.dropout(self.proj(x.reshape(B, T, D))), weights
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: ViTSimpleConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.act(self.fc1(x))))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel at the end of a branch (arXiv:2103.17239, section 2.1)."""
+
+    def __init__(self, config: ViTSimpleConfig):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Drops a branch for a whole sample with probability `rate` in training (arXiv:1603.09382, section 3)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0 or not self.training:
+            return x
+        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each with a LayerNorm before and a residual around it: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: ViTSimpleConfig, drop_path_rate: float):
+        super().__init__()
+        scaled = config.layerscale_value is not None
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config) if scaled else nn.Identity()
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = Mlp(config)
+        self.ls2 = LayerScale(config) if scaled else nn.Identity()
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.attn(self.norm1(x))
+        x = x + self.drop_path(self.ls1(attended))
+        x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        return x, weights
+
+
+class ViTSimplePreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the network, and the one place where weights are initialised."""
+
+    config_class = ViTSimpleConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean: Trainer itself divides it by the accumulation steps
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: ViTSimpleConfig):
+        super().__init__(config)
+        config.check()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # otherwise transformers searches this file for spellings that its versions do not share
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patch_embed
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        for name, parameter in module.named_parameters(recurse=False):
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue  # was loaded: transformers 4.57 calls for a whole module when one of its parameters is missing
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif name == "gamma":
+                nn.init.constant_(parameter, self.config.layerscale_value)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(parameter)
+            elif module is getattr(self, "head", None) and self.config.head_init_std is not None:
+                nn.init.normal_(parameter, std=self.config.head_init_std)
+            else:
+                nn.init.trunc_normal_(parameter, std=self.config.initializer_range)
+
+
+class ViTSimpleModel(ViTSimplePreTrainedModel):
+    """The backbone: an image to its tokens and to one pooled vector."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # a classifier's file serves the backbone too
+
+    def __init__(self, config: ViTSimpleConfig):
+        super().__init__(config)
+        D, depth = config.hidden_size, config.num_hidden_layers
+        rows, columns = config.grid_size
+        registers, positions = config.num_register_tokens, config.num_prefix_tokens + rows * columns
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D)) if config.use_class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, registers, D)) if registers else None
+        learned = config.position_embedding == "learned"
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, D)) if learned else None
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.blocks = nn.ModuleList(Block(config, config.drop_path_rate * i / max(depth - 1, 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def positions(self, rows: int, columns: int) -> torch.Tensor:
+        """The position of every token for a patch grid, (1, T, D).
+
+        Learned positions are resampled where the grid is not the native one: bicubic, antialiased, in float32.
+        """
+        config, prefix = self.config, self.config.num_prefix_tokens
+        if self.pos_embed is None:
+            weight = self.patch_embed.proj.weight
+            patches = sincos2d(rows, columns, config.hidden_size, weight.device).to(weight.dtype)
+            return F.pad(patches, (0, 0, prefix, 0))  # zero for the prefix tokens
+        if (rows, columns) == config.grid_size:
+            return self.pos_embed
+        grid = self.pos_embed[:, prefix:].unflatten(1, config.grid_size).permute(0, 3, 1, 2).float()  # (1, D, H/P, W/P)
+        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True)  # (1, D, rows, columns)
+        patches = grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :prefix], patches], dim=1)
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The tokens that enter the blocks: (B, C, H, W) -> (B, T, D)."""
+        B, _, H, W = pixel_values.shape
+        P_height, P_width = pair(self.config.patch_size)
+        prefix = [token.expand(B, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        x = torch.cat([*prefix, self.patch_embed(pixel_values)], dim=1)  # (B, prefix, D), (B, N, D) -> (B, T, D)
+        return self.dropout(x + self.positions(H // P_height, W // P_width))
+
+    def check_pixels(self, pixel_values: torch.Tensor, any_size: bool):
+        """Raises what `forward` promises; reads shapes only, so that it costs nothing in a compiled graph."""
+        channels, native, patch = self.config.num_channels, pair(self.config.image_size), pair(self.config.patch_size)
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != channels or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values: expected floating-point pixels of shape (batch, {channels}, height, width), as the "
+                f"checkpoint's AutoImageProcessor makes them, got {pixel_values.dtype} of shape {shape}"
+            )
+        if any_size and any(side == 0 or side % p for side, p in zip(shape[2:], patch)):
+            raise ValueError(f"pixel_values: expected height and width in multiples of {patch}, got {shape[2:]}")
+        if not any_size and shape[2:] != native:
+            raise ValueError(
+                f"pixel_values: expected height and width {native}, got {shape[2:]}: "
+                "resize the image, or pass interpolate_pos_encoding=True"
+            )
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Images to features.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised, floating point; cast to the dtype of the weights.
+            interpolate_pos_encoding: takes any height and width that are multiples of the patch size.
+            output_attentions: adds the attention weights of each block, (B, h, T, T).
+            output_hidden_states: adds the input of the first block and the output of each, (B, T, D).
+            return_dict: False returns a tuple.
+
+        Returns:
+            `last_hidden_state` (B, T, D), after the final LayerNorm; `pooler_output` (B, D), what the head receives.
+
+        Raises:
+            ValueError: pixels of another rank, dtype, channel count or size; attentions where they are not computed.
+        """
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions: {config._attn_implementation!r} attention does not compute them, "
+                'load the model with attn_implementation="eager"'
+            )
+        self.check_pixels(pixel_values, any_size=interpolate_pos_encoding)
+
+        x = self.embed(pixel_values.to(self.patch_embed.proj.weight.dtype))  # (B, T, D)
+        hidden_states = (x,) if output_hidden_states else None
+        attentions = () if output_attentions else None
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x, weights = self._gradient_checkpointing_func(block.__call__, x)
+            else:
+                x, weights = block(x)
+            hidden_states = hidden_states + (x,) if output_hidden_states else None
+            attentions = attentions + (weights,) if output_attentions else None
+        x = self.norm(x)
+        pooled = x[:, 0] if config.pooling == "cls" else x[:, config.num_prefix_tokens :].mean(dim=1)
+        output = BaseModelOutputWithPooling(x, pooled, hidden_states, attentions)
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+class ViTSimpleForImageClassification(ViTSimpleModel):
+    """The backbone and one linear layer on its pooled vector."""
+
+    _keys_to_ignore_on_load_unexpected = None
+
+    def __init__(self, config: ViTSimpleConfig):
+        super().__init__(config)
+        self.head = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean loss of logits (B, K), in float32.
+
+        Integer labels (B,) are classes, for cross-entropy. Float labels (B, K) follow `config.problem_type`:
+        "single_label_classification" takes them as probabilities, as mixup makes them, for cross-entropy;
+        "multi_label_classification" for binary cross-entropy; "regression" for the squared error, (B,) too if K = 1.
+
+        Raises:
+            ValueError: labels of another dtype or shape, or float labels without `config.problem_type`.
+        """
+        (B, K), problem, shape = logits.shape, self.config.problem_type, tuple(labels.shape)
+        if labels.dtype == torch.int64 and problem in (None, "single_label_classification") and K > 1:
+            expected, loss = (B,), F.cross_entropy
+        elif labels.is_floating_point() and problem:
+            functions = {"regression": F.mse_loss, "multi_label_classification": F.binary_cross_entropy_with_logits}
+            expected, loss = (B, K), functions.get(problem, F.cross_entropy)
+            labels = labels.float()
+        else:
+            raise ValueError(
+                "labels: expected torch.int64 classes, or float labels and config.problem_type set to "
+                "'single_label_classification' (soft targets), 'multi_label_classification' or 'regression'; "
+                f"got {labels.dtype}, problem_type={problem!r} and num_labels={K}"
+            )
+        if problem == "regression" and K == 1 and shape == (B,):
+            expected, labels = (B,), labels[:, None]
+        if shape != expected:
+            raise ValueError(f"labels: expected shape {expected}, got {shape}")
+        return loss(logits.float(), labels)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple:
+        """Images to `logits` (B, K) and, where there are labels, to the mean `loss`; the rest as for the backbone."""
+        features = super().forward(
+            pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, return_dict=True
+        )
+        logits = self.head(features.pooler_output)  # (B, K)
+        loss = None if labels is None else self.loss(logits, labels)
+        output = ImageClassifierOutput(loss, logits, features.hidden_states, features.attentions)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
