@@ -21,8 +21,9 @@ class Augment(nn.Module):
 
     def __init__(self, processor: BaseImageProcessor, degrees=0.0, translate=0.0, scale=0.0, shear=0.0):
         super().__init__()
-        self.factor = processor.rescale_factor
-        self.normalize = K.Normalize(processor.image_mean, processor.image_std)
+        self.white = 1 / processor.rescale_factor  # 255; a product with its inverse would differ in the last bit
+        self.register_buffer("mean", torch.tensor(processor.image_mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(processor.image_std)[:, None, None], persistent=False)
         # The border is repeated: a shifted digit on a dark ground stays on a dark ground.
         self.affine = K.RandomAffine(
             degrees, (translate, translate), (1 - scale, 1 + scale), shear, padding_mode="border", p=1.0
@@ -30,5 +31,6 @@ class Augment(nn.Module):
         self.is_identity = degrees == translate == scale == shear == 0
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = pixels.float() * self.factor
-        return self.normalize(x if self.is_identity else self.affine(x))
+        x = pixels.float() / self.white
+        x = x if self.is_identity else self.affine(x)
+        return (x - self.mean) / self.std

@@ -99,7 +99,7 @@ class ViTSimpleConfig(PretrainedConfig):
     ):
         fields = {name: value for name, value in locals().items() if name in OWN_FIELDS}
         for key in kwargs:
-            near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, OWN_FIELDS, 1, cutoff=0.85)), None)
+            near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, OWN_FIELDS, 1, cutoff=0.75)), None)
             if near:
                 raise ValueError(f"ViTSimpleConfig has no field {key!r}: did you mean {near!r}?")
         for name, value in fields.items():

@@ -33,7 +33,7 @@ def find_column(dataset: Dataset, feature: type, name: str | None, option: str) 
     if name in fitting:
         return name
     columns = ", ".join(f"{column} ({type(kind).__name__})" for column, kind in dataset.features.items())
-    wanted = f"one {feature.__name__} column" if name is None else f"a {feature.__name__} column {name!r}"
+    wanted = f"one {feature.__name__} column" if name is None else f"the {feature.__name__} column {name!r}"
     raise ValueError(f"{option}: expected {wanted}, got the columns {columns}")
 
 
@@ -79,9 +79,7 @@ def load_image_data(
 
 
 def check_labels(split: str, labels: list, class_names: list[str]):
-    """Raises ValueError unless the split has rows, each labelled with a class, and more than one class to learn."""
-    if not labels:
-        raise ValueError(f"--dataset_name: expected images in the split {split!r}, got none")
+    """Raises ValueError unless every row has one of the classes, and "train" more than one of them."""
     bad = [row for row, label in enumerate(labels) if label is None or not 0 <= label < len(class_names)]
     if bad:
         raise ValueError(

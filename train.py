@@ -25,7 +25,6 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoImageProcessor
-
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.augment import Augment
 from vit_simple.configuration_vit_simple import OWN_FIELDS, pair
@@ -82,7 +81,10 @@ class TrainConfig:
         for name in ("learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
             self.expect(0 <= getattr(self, name) < math.inf, name, "a number that is not negative")
         self.expect(0 < self.train_val_split < 1, "train_val_split", "a number between 0 and 1")
-        self.expect(0 <= self.label_smoothing_factor < 1, "label_smoothing_factor", "a number in [0, 1)")
+        for name in ("affine_translate", "affine_scale", "label_smoothing_factor"):
+            self.expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
+        for name in ("affine_degrees", "affine_shear"):
+            self.expect(0 <= getattr(self, name) < 90, name, "degrees in [0, 90)")
         self.expect(self.eval_steps is None or self.eval_steps >= 1, "eval_steps", "at least 1")
         if self.model and (self.variant or self.image_size):
             raise ValueError("--variant and --image_size: expected neither beside a model mapping, which sets both")
@@ -157,7 +159,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
         try:
             recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"recipe: {path} cannot be read: {error}") from error
+            raise ValueError(f"recipe: {path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(recipe, dict):
             raise ValueError(f"recipe: expected a mapping of options in {path}, got {type(recipe).__name__}")
     for name in recipe:
@@ -338,7 +340,8 @@ def evaluate(model: torch.nn.Module, batches: DataLoader, accelerator: Accelerat
 def main(arguments: list[str] | None = None):
     try:
         config = parse_config(sys.argv[1:] if arguments is None else arguments)
-        accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        has_gpu = torch.accelerator.is_available()  # said outright: torchrun on a CPU makes no group otherwise
+        accelerator = Accelerator(cpu=not has_gpu, mixed_precision=config.mixed_precision)
         with accelerator.main_process_first():  # the others read what the first has prepared
             data = load_image_data(
                 config.dataset_name,
@@ -441,7 +444,8 @@ def main(arguments: list[str] | None = None):
 
 
 def describe(split: str, result: dict[str, float]) -> str:
-    return f"{split}: {result['correct']} of {result['count']} images right ({result['top1']:.2%}), loss {result['loss']:.4f}"
+    right = f"{result['correct']} of {result['count']} images right"
+    return f"{split}: {right} ({result['top1']:.2%}), loss {result['loss']:.4f}"
 
 
 if __name__ == "__main__":

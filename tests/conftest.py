@@ -1,0 +1,68 @@
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
+from vit_simple.train import main
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+EVERY_SWITCH = {"num_register_tokens": 2, "layerscale_value": 0.1, "drop_path_rate": 0.2, "pooling": "mean"}
+
+
+def tiny(**fields) -> ViTSimpleForImageClassification:
+    """A small classifier in evaluation mode whose parameters are all far from zero and from each other."""
+    torch.manual_seed(0)
+    model = ViTSimpleForImageClassification(ViTSimpleConfig(**{**TINY, **fields})).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory) -> Path:
+    """What `python train.py` leaves behind, after one epoch."""
+    folder = tmp_path_factory.mktemp("run") / "digits"
+    main(["--output_dir", str(folder), "--num_train_epochs", "1"])
+    return folder
+
+
+def run_python(python: Path, work: Path, code: str, *arguments) -> str:
+    """Runs code in a fresh process with empty caches, in an empty folder; returns what it printed."""
+    work.mkdir()
+    caches = {"HF_HOME": str(work / "home"), "HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [python, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, cwd=work, env={**os.environ, **caches}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def environment_without_package(folder: Path, transformers: str | None = None) -> Path:
+    """The Python of a fresh virtual environment that has the packages of this one, but not vit_simple."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin/python"
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    # Python reads no .pth file of a folder that is named in one, so an editable install stays out of sight.
+    (site / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "vit_simple.py").write_text("raise ImportError('not installed here')\n")  # hides a plain install
+    if transformers is not None:
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+        subprocess.run([*pip, f"transformers=={transformers}"], check=True)
+    return python

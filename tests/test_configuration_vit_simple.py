@@ -1,0 +1,131 @@
+import json
+
+import pytest
+import torch
+from conftest import EVERY_SWITCH, TINY, tiny
+from transformers import AutoConfig, PretrainedConfig
+from vit_simple import VARIANTS, ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
+from vit_simple.configuration_vit_simple import OWN_FIELDS
+
+
+@pytest.mark.parametrize(
+    "variant, millions",  # DeiT, ViT and Scaling ViT (its table has no head) give the same to the digits shown
+    [("Ti/16", 5.72), ("S/16", 22.05), ("B/16", 86.57), ("L/16", 304.33), ("H/14", 632.05), ("g/14", 1012.61)],
+)
+def test_a_variant_has_the_published_number_of_parameters(variant, millions):
+    with torch.device("meta"):
+        model = ViTSimpleForImageClassification(ViTSimpleConfig.from_variant(variant, num_labels=1000))
+    assert round(model.num_parameters() / 1e6, 2) == millions
+
+
+def test_a_variant_takes_any_patch_size_and_further_fields():
+    config = ViTSimpleConfig.from_variant("S/8", image_size=64, num_labels=7, pooling="mean")
+    assert (config.hidden_size, config.patch_size, config.grid_size, config.num_labels) == (384, 8, (8, 8), 7)
+    assert ViTSimpleConfig.from_variant("notebook/16").num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("variant", ["XL/16", "S", "S/", "S/x", "16", ""])
+def test_an_unknown_variant_names_those_that_exist(variant):
+    with pytest.raises(ValueError, match=r"variant: expected NAME/PATCH with NAME in \['notebook', 'Ti'"):
+        ViTSimpleConfig.from_variant(variant)
+
+
+WRONG = [
+    ("hidden_size", 30, "a multiple of num_attention_heads=4"),
+    ("hidden_size", 0, "a positive integer"),
+    ("hidden_size", 32.0, "a positive integer"),
+    ("num_hidden_layers", -1, "a positive integer"),
+    ("num_hidden_layers", True, "a positive integer"),
+    ("num_attention_heads", "4", "a positive integer"),
+    ("intermediate_size", None, "a positive integer"),
+    ("num_channels", 0, "a positive integer"),
+    ("num_register_tokens", -1, "0 or a positive integer"),
+    ("image_size", 18, "a multiple of patch_size=4"),
+    ("image_size", (16, 18), "a multiple of patch_size=4"),
+    ("image_size", (16, 16, 16), "a positive integer or a (height, width) pair"),
+    ("image_size", "16", "a positive integer or a (height, width) pair"),
+    ("patch_size", 0, "a positive integer or a (height, width) pair"),
+    ("hidden_act", "gleu", "a name in ACT2FN"),
+    ("hidden_act", ["gelu"], "a name in ACT2FN"),
+    ("hidden_dropout_prob", 1.0, "a number in [0, 1)"),
+    ("attention_probs_dropout_prob", -0.1, "a number in [0, 1)"),
+    ("drop_path_rate", "0.1", "a number in [0, 1)"),
+    ("drop_path_rate", float("nan"), "a number in [0, 1)"),
+    ("layer_norm_eps", 0, "a positive number"),
+    ("initializer_range", float("inf"), "a positive number"),
+    ("layerscale_value", -1e-5, "None or a number that is not negative"),
+    ("head_init_std", "zero", "None or a number that is not negative"),
+    ("qkv_bias", 1, "True or False"),
+    ("use_class_token", None, "True or False"),
+    ("use_class_token", False, "'mean' when use_class_token=False"),
+    ("pooling", "max", "one of ('cls', 'mean')"),
+    ("pooling", ["cls"], "one of ('cls', 'mean')"),
+    ("position_embedding", "rope", "one of ('learned', 'sincos2d')"),
+]
+
+
+@pytest.mark.parametrize("field, value, expected", WRONG)
+def test_a_wrong_value_is_named_with_what_was_expected(field, value, expected):
+    with pytest.raises(ValueError) as error:
+        ViTSimpleConfig(**{**TINY, field: value})
+    assert "ViTSimpleConfig." in str(error.value) and expected in str(error.value)
+    assert repr(value) in str(error.value) or "when use_class_token" in expected
+
+
+@pytest.mark.parametrize("field, value, expected", [wrong for wrong in WRONG if wrong[0] != "num_labels"])
+def test_a_wrong_value_is_caught_on_its_way_through_from_pretrained(tmp_path, field, value, expected):
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as error:
+        ViTSimpleModel.from_pretrained(tmp_path, **{field: value})
+    assert expected in str(error.value)
+
+
+def test_sizes_that_do_not_suit_sincos2d_positions_or_a_single_label_are_refused():
+    with pytest.raises(ValueError, match="a multiple of 4 for position_embedding='sincos2d', got 30"):
+        ViTSimpleConfig(**{**TINY, "hidden_size": 30, "num_attention_heads": 3, "position_embedding": "sincos2d"})
+    with pytest.raises(ValueError, match=r"num_labels.*[>:].*(1|2)"):
+        ViTSimpleConfig(**{**TINY, "num_labels": 1, "problem_type": "single_label_classification"})
+    with pytest.raises(ValueError, match=r"num_labels: expected a positive integer, got 0"):
+        ViTSimpleConfig(**{**TINY, "num_labels": 0})
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("hiden_size", "hidden_size"),
+        ("poolin", "pooling"),
+        ("drop_path", "drop_path_rate"),
+        ("num_register_token", "num_register_tokens"),
+        ("embed_dim", "hidden_size"),
+        ("img_size", "image_size"),
+        ("num_classes", "num_labels"),
+    ],
+)
+def test_a_keyword_that_is_nearly_ours_or_timms_is_refused_with_our_name(wrong, right):
+    with pytest.raises(ValueError, match=f"no field '{wrong}': did you mean '{right}'"):
+        ViTSimpleConfig(**{wrong: 4})
+
+
+def test_keys_of_transformers_pass():
+    base = {key: value for key, value in PretrainedConfig().to_dict().items() if key != "model_type"}
+    assert ViTSimpleConfig(**base, a_key_of_tomorrow=1).a_key_of_tomorrow == 1
+
+
+def test_a_config_survives_saving_with_a_complete_and_local_auto_map(tmp_path):
+    config = ViTSimpleConfig(**TINY, **EVERY_SWITCH, id2label={i: name for i, name in enumerate("abcde")})
+    config.auto_map["AutoModel"] = "somebody/else--modeling_vit_simple.ViTSimpleModel"
+    ViTSimpleConfig(**config.to_dict()).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["auto_map"] == {
+        "AutoConfig": "configuration_vit_simple.ViTSimpleConfig",
+        "AutoModel": "modeling_vit_simple.ViTSimpleModel",
+        "AutoModelForImageClassification": "modeling_vit_simple.ViTSimpleForImageClassification",
+    }
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert all(getattr(again, field) == getattr(config, field) for field in OWN_FIELDS)
+    assert again.id2label == config.id2label
+
+
+def test_every_variant_is_valid():
+    for name in VARIANTS:
+        ViTSimpleConfig.from_variant(f"{name}/16")

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from transformers import AutoImageProcessor
+from vit_simple.data import decode, evaluation_batches, load_image_data
+from vit_simple.train import ROOT, write_processor
+
+DIGITS = str(ROOT / "data/digits")
+PICTURES = [np.full((8, 8, 3), value, dtype=np.uint8) for value in range(40)]
+
+
+def save(folder, labels, names=("a", "b"), split="train", **columns):
+    """A local data set of parquet files."""
+    features = Features({"image": Image(), "label": ClassLabel(names=list(names)), **dict.fromkeys(columns, Image())})
+    rows = {"image": PICTURES[: len(labels)], "label": labels, **columns}
+    folder.mkdir(exist_ok=True)
+    Dataset.from_dict(rows, features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def load(name, image_column=None, label_column=None, fraction=0.25, seed=0):
+    return load_image_data(name, image_column, label_column, fraction, seed)
+
+
+def test_digits_are_split_by_class_and_the_test_split_stays_whole():
+    data = load(DIGITS, fraction=0.1)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 1293, "validation": 144, "test": 360}
+    assert data.class_names == [str(digit) for digit in range(10)]
+    counts = np.bincount(data.splits["validation"]["label"])
+    assert counts.min() >= 14 and counts.max() <= 15
+
+
+def test_the_validation_part_is_a_function_of_the_seed():
+    first, again, other = (load(DIGITS, seed=seed).splits["validation"]["label"][:] for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_a_validation_split_of_the_data_is_used_as_it_is(tmp_path):
+    save(tmp_path / "set", [0, 1] * 4)
+    data = load(save(tmp_path / "set", [1, 0], split="validation"))
+    assert len(data.splits["train"]) == 8 and data.splits["validation"]["label"][:] == [1, 0]
+
+
+def test_a_folder_of_pictures_is_a_data_set(tmp_path):
+    from PIL import Image as Pillow
+
+    for name in ("cat", "dog"):
+        for number in range(4):
+            path = tmp_path / "train" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Pillow.new("L", (8 + number, 8), 50).save(path)
+    assert load(str(tmp_path)).class_names == ["cat", "dog"]
+
+
+def test_pixels_are_the_processors_own_before_it_scales_them(tmp_path):
+    write_processor(tmp_path, (8, 8))
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    data = load(DIGITS)
+    pixels, labels = decode(data, "test", processor)
+    assert pixels.shape == (360, 3, 8, 8) and pixels.dtype == torch.uint8
+    raw = load_dataset(DIGITS, split="test")
+    assert np.array_equal(pixels[7, 0].numpy(), np.array(raw[7]["image"])) and labels.tolist() == raw["label"][:]
+
+    batches = list(evaluation_batches(data, "test", processor, batch_size=100))
+    assert [len(batch["labels"]) for batch in batches] == [100, 100, 100, 60]
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in batches]), pixels.float() / 255 * 2 - 1)
+
+
+def test_a_data_set_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"--dataset_name: '.*nowhere' cannot be loaded: "):
+        load(str(tmp_path / "nowhere"))
+
+
+def test_columns_that_do_not_fit_are_named_with_those_there_are(tmp_path):
+    folder = save(tmp_path / "set", [0, 1] * 4, thumbnail=PICTURES[:8])
+    columns = r"got the columns image \(Image\), label \(ClassLabel\), thumbnail \(Image\)"
+    with pytest.raises(ValueError, match=f"--image_column_name: expected one Image column, {columns}"):
+        load(folder)
+    with pytest.raises(ValueError, match=f"--image_column_name: expected the Image column 'img', {columns}"):
+        load(folder, image_column="img")
+    with pytest.raises(ValueError, match="--label_column_name: expected the ClassLabel column 'thumbnail'"):
+        load(folder, image_column="image", label_column="thumbnail")
+    assert load(folder, image_column="thumbnail").image_column == "thumbnail"
+
+
+@pytest.mark.parametrize(
+    "labels, names, message",
+    [
+        ([], ["a", "b"], 'cannot be loaded: Instruction "train" corresponds to no data'),
+        ([0, 1, None, 1], ["a", "b"], r"expected labels from 0 to 1, got None in row 2 of the split 'train' \(1 such"),
+        ([0, 1, -1, -1], ["a", "b"], r"expected labels from 0 to 1, got -1 in row 2 of the split 'train' \(2 such"),
+        ([1, 1, 1, 1], ["a", "b"], "expected several classes in the split 'train', got 1 only"),
+        ([0, 0, 0, 0], ["a"], r"expected at least two classes in 'label', got \['a'\]"),
+        ([0, 0, 0, 1], ["a", "b"], "--train_val_split: 0.25 does not suit"),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_refused(tmp_path, labels, names, message):
+    with pytest.raises(ValueError, match=message):
+        load(save(tmp_path / "set", labels, names))
+
+
+def test_a_label_beyond_the_classes_is_found_in_any_split(tmp_path):
+    save(tmp_path / "set", [0, 1] * 4)
+    folder = save(tmp_path / "set", [0, 2], names=["a", "b", "c"], split="test")
+    with pytest.raises(ValueError, match="expected labels from 0 to 1, got 2 in row 1 of the split 'test'"):
+        load(folder)
+
+
+def test_a_data_set_without_train_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a 'train' split in .*, got test"):
+        load(save(tmp_path / "set", [0, 1], split="test"))

@@ -1,0 +1,113 @@
+"""Saved folders, opened through every door, without the package and with it, on every supported transformers."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import EVERY_SWITCH, environment_without_package, run_python, tiny
+from PIL import Image
+from transformers import AutoImageProcessor
+from vit_simple import ViTSimpleForImageClassification
+from vit_simple.train import write_processor
+
+OPEN = """
+import json, sys, torch, transformers
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+
+image, remote = Image.open(sys.argv[1]), {"trust_remote_code": True} if sys.argv[2] == "remote" else {}
+for folder in sys.argv[3:]:
+    config = AutoConfig.from_pretrained(folder, **remote)
+    processor = AutoImageProcessor.from_pretrained(folder, **remote)
+    backbone = AutoModel.from_pretrained(folder, **remote)
+    model = AutoModelForImageClassification.from_pretrained(folder, **remote)
+    pixels = processor(image, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        logits = model(pixels).logits
+        from_backbone = model.head(backbone(pixels).pooler_output)
+    scores = pipeline("image-classification", model=folder, top_k=1000, **remote)(image)
+    scores = {score["label"]: score["score"] for score in scores}
+    print(json.dumps({
+        "version": transformers.__version__,
+        "module": type(model).__module__,
+        "labels": list(config.id2label.values()),
+        "logits": logits[0].tolist(),
+        "from_backbone": from_backbone[0].tolist(),
+        "pipeline": [scores[label] for label in config.id2label.values()],
+    }))
+"""
+
+SAVE_AGAIN = """
+import shutil, sys, torch
+from transformers import AutoModel, AutoModelForImageClassification
+
+remote = {"trust_remote_code": True}
+for number, folder in enumerate(sys.argv[1:]):
+    model = AutoModelForImageClassification.from_pretrained(folder, **remote)
+    model.save_pretrained(f"classifier-{number}")
+    shutil.copy(f"{folder}/preprocessor_config.json", f"classifier-{number}")
+
+    AutoModel.from_pretrained(folder, **remote).save_pretrained("backbone")
+    headless = AutoModelForImageClassification.from_pretrained("backbone", **remote)
+    sizes = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    resized = AutoModelForImageClassification.from_pretrained(folder, **sizes, **remote)
+    assert resized.head.weight.shape[0] == 3
+    for other in (headless, resized):
+        assert other.head.weight.abs().max() > 0 and other.head.bias.abs().max() == 0
+        for name, tensor in model.state_dict().items():
+            assert name.startswith("head.") or torch.equal(other.state_dict()[name], tensor), name
+"""
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "grey.png"
+    Image.effect_noise((21, 34), 60).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(run_folder, tmp_path_factory):
+    """A run's folder, and one with LayerScale, registers and fixed positions."""
+    folder = tmp_path_factory.mktemp("switches") / "every-switch"
+    labels = {index: name for index, name in enumerate(["a", "b", "c", "d", "e"])}
+    label2id = {name: index for index, name in labels.items()}
+    tiny(**EVERY_SWITCH, position_embedding="sincos2d", id2label=labels, label2id=label2id).save_pretrained(folder)
+    write_processor(folder, (16, 16))
+    return [run_folder, folder]
+
+
+def check(printed: str, folders: list, image) -> list[dict]:
+    """Compares what OPEN printed with what the installed package makes of the folders."""
+    results = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    for result, folder in zip(results, folders, strict=True):
+        model = ViTSimpleForImageClassification.from_pretrained(folder)
+        pixels = AutoImageProcessor.from_pretrained(folder)(Image.open(image), return_tensors="pt").pixel_values
+        with torch.no_grad():
+            logits = model(pixels).logits[0]
+        assert result["logits"] == logits.tolist() and result["from_backbone"] == logits.tolist()
+        assert result["labels"] == list(model.config.id2label.values())
+        torch.testing.assert_close(torch.tensor(result["pipeline"]), logits.softmax(dim=0))
+    return results
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.0.0", None])
+def test_every_door_gives_the_same_logits_without_the_package(tmp_path, folders, image, version):
+    python = environment_without_package(tmp_path / "environment", version)
+    results = check(run_python(python, tmp_path / "open", OPEN, image, "remote", *folders), folders, image)
+    assert all(result["module"].startswith("transformers_modules.") for result in results)
+    assert all(version in (None, result["version"]) for result in results)
+
+    run_python(python, tmp_path / "save", SAVE_AGAIN, *folders)
+    saved = [tmp_path / f"save/classifier-{number}" for number in range(len(folders))]
+    for folder, again in zip(folders, saved):
+        for name in ("modeling_vit_simple.py", "configuration_vit_simple.py"):
+            assert (again / name).read_bytes() == (folder / name).read_bytes()
+    check(run_python(python, tmp_path / "open-again", OPEN, image, "remote", *saved), folders, image)
+
+
+def test_nothing_needs_remote_code_once_the_package_is_imported(tmp_path, folders, image):
+    printed = run_python(sys.executable, tmp_path / "open", "import vit_simple\n" + OPEN, image, "local", *folders)
+    modules = {result["module"] for result in check(printed, folders, image)}
+    assert modules == {"vit_simple.modeling_vit_simple"}

@@ -1,0 +1,82 @@
+"""transformers' Trainer on a saved folder."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, environment_without_package, run_python, tiny
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
+
+ROWS = [
+    {"pixel_values": pixels, "labels": label % 3}
+    for label, pixels in enumerate(torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
+]
+
+
+def arguments(folder, **options) -> TrainingArguments:
+    return TrainingArguments(str(folder), report_to="none", disable_tqdm=True, seed=0, **options)
+
+
+@pytest.mark.parametrize("micro_batch, accumulation", [(4, 4), (8, 2)])
+def test_accumulated_micro_batches_give_the_loss_and_gradients_of_the_batch(tmp_path, micro_batch, accumulation):
+    results = []
+    for size, steps in [(16, 1), (micro_batch, accumulation)]:
+        model = tiny(num_labels=3)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_grad_norm": 0.0}
+        trainer = Trainer(
+            model,
+            arguments(tmp_path / str(size), max_steps=1, logging_steps=1, save_strategy="no", **options),
+            train_dataset=ROWS[:16],
+            optimizers=(optimizer, constant),
+        )
+        trainer.train()
+        gradients = {name: before[name] - parameter for name, parameter in model.named_parameters()}
+        results.append((trainer.state.log_history[0]["loss"], gradients))
+    (loss, gradients), (accumulated_loss, accumulated) = results
+    assert accumulated_loss == pytest.approx(loss, rel=1e-4)
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(accumulated[name], gradient, rtol=0, atol=1e-5 * largest)
+
+
+def test_a_checkpoint_is_fine_tuned_to_other_labels_and_loads_in_one_line_elsewhere(tmp_path):
+    torch.manual_seed(0)
+    ViTSimpleForImageClassification(ViTSimpleConfig(**TINY)).save_pretrained(tmp_path / "start")
+    names = ["cat", "dog", "owl"]
+    model = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "start",
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        ignore_mismatched_sizes=True,
+    )
+    options = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "num_train_epochs": 20, "save_steps": 40}
+    trainer = Trainer(
+        model,
+        arguments(tmp_path / "run", gradient_checkpointing=True, **options),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.5 * before
+    trainer.save_model()
+
+    pixels = torch.stack([row["pixel_values"] for row in ROWS[:4]])
+    torch.save(pixels, tmp_path / "pixels.pt")
+    code = """
+import json, sys, torch
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    print(json.dumps([model(torch.load(sys.argv[2])).logits.tolist(), list(model.config.id2label.values())]))
+"""
+    python = environment_without_package(tmp_path / "environment")
+    with torch.no_grad():
+        expected = [model.eval()(pixels).logits.tolist(), names]
+    for number, folder in enumerate([tmp_path / "run", tmp_path / "run/checkpoint-80"]):
+        printed = run_python(python, tmp_path / f"work-{number}", code, folder, tmp_path / "pixels.pt")
+        assert json.loads(printed.splitlines()[-1]) == expected
