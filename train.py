@@ -25,6 +25,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoImageProcessor
+
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.augment import Augment
 from vit_simple.configuration_vit_simple import OWN_FIELDS, pair
@@ -110,15 +111,13 @@ def convert(name: str, value):
         kind = typing.get_args(kind)[0]
     try:
         if kind is dict:
-            value = yaml.safe_load(value) if isinstance(value, str) else value
-            converted = dict(value)
+            converted = dict(yaml.safe_load(value) if isinstance(value, str) else value)
         else:
-            converted = kind(value)
+            converted = kind(str(value))
     except (ValueError, TypeError, yaml.YAMLError):
-        converted = None
-    wrong = converted is None or isinstance(value, bool) or (kind is int and converted != float(value))
-    if wrong or (choices and converted not in choices):
-        raise ValueError(f"--{name}: expected {' or '.join(choices) if choices else kind.__name__}, got {value!r}")
+        raise ValueError(f"--{name}: expected {kind.__name__}, got {value!r}") from None
+    if choices and converted not in choices:
+        raise ValueError(f"--{name}: expected {' or '.join(choices)}, got {value!r}")
     return converted
 
 
@@ -133,21 +132,19 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     Raises:
         ValueError: an option or a key of the recipe that does not exist, a value that does not fit, no such recipe.
     """
-    summary, rest = __doc__.split("\n", 1)
-    parser = argparse.ArgumentParser(prog="train.py", description=summary, epilog=rest, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("recipe", nargs="?", help="a YAML file of options, which the command line overrides")
     groups = {}
     for name, item in OPTIONS.items():
-        title = item.metadata["group"]
+        title, choices = item.metadata["group"], item.metadata["choices"]
         groups[title] = groups.get(title) or parser.add_argument_group(title)
-        default = "" if item.default is None else f" ({item.default})"
-        metavar = (
-            name.rsplit("_", 1)[-1].upper() if not item.metadata["choices"] else "|".join(item.metadata["choices"])
-        )
-        groups[title].add_argument(
-            f"--{name}", help=item.metadata["help"] + default, metavar=metavar, default=argparse.SUPPRESS
-        )
-    given, extra = parser.parse_known_args(arguments)
+        text = item.metadata["help"] + ("" if item.default is None else f" ({item.default})")
+        metavar = "|".join(choices) if choices else name.rsplit("_", 1)[-1].upper()
+        groups[title].add_argument(f"--{name}", help=text, metavar=metavar, default=argparse.SUPPRESS)
+    try:
+        given, extra = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"command line: {error}") from error
     if extra:
         raise unknown(extra[0].split("=")[0], "command line", OPTIONS)
     given = vars(given)
@@ -198,6 +195,10 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             shapes = defaultdict(list)
             for parameter in group["params"]:
@@ -205,6 +206,7 @@ class Muon(torch.optim.Muon):
                     shapes[parameter.shape].append(parameter)
             for parameters in shapes.values():
                 self.update(parameters, group)
+        return loss
 
     def update(self, parameters: list[torch.Tensor], group: dict):
         """One step for matrices of one shape."""
@@ -228,7 +230,8 @@ class Muon(torch.optim.Muon):
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         x = x.mT if rows > columns else x
 
-        lr = group["lr"] * max(1, rows / columns) ** 0.5
+        adamw_like = group["adjust_lr_fn"] == "match_rms_adamw"
+        lr = group["lr"] * (0.2 * max(rows, columns) ** 0.5 if adamw_like else max(1, rows / columns) ** 0.5)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(x.to(parameters[0].dtype)), alpha=-lr)
 

@@ -4,8 +4,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test reaches for the Hub
+
 import pytest
 import torch
+
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.train import main
 

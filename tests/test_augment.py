@@ -2,6 +2,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor
+
 from vit_simple.augment import Augment
 from vit_simple.train import write_processor
 

@@ -2,8 +2,9 @@ import json
 
 import pytest
 import torch
-from conftest import EVERY_SWITCH, TINY, tiny
 from transformers import AutoConfig, PretrainedConfig
+
+from conftest import EVERY_SWITCH, TINY, tiny
 from vit_simple import VARIANTS, ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
 from vit_simple.configuration_vit_simple import OWN_FIELDS
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from transformers import AutoImageProcessor
+
 from vit_simple.data import decode, evaluation_batches, load_image_data
 from vit_simple.train import ROOT, write_processor
 

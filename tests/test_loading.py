@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import EVERY_SWITCH, environment_without_package, run_python, tiny
 from PIL import Image
 from transformers import AutoImageProcessor
+
+from conftest import EVERY_SWITCH, environment_without_package, run_python, tiny
 from vit_simple import ViTSimpleForImageClassification
 from vit_simple.train import write_processor
 

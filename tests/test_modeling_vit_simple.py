@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import EVERY_SWITCH, TINY, tiny
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
+
+from conftest import EVERY_SWITCH, TINY, tiny
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
 from vit_simple import modeling_vit_simple as modeling
 

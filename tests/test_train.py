@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny
 from datasets import load_dataset
 from transformers import AutoModelForImageClassification, pipeline
+
+from conftest import tiny
 from vit_simple.train import (
     ROOT,
     Muon,
@@ -138,6 +139,7 @@ def test_the_digits_recipe_runs_only_when_nothing_else_is_named():
         (["--lr=1"], "command line: '--lr' is not known"),
         (["--zzz", "1"], "command line: '--zzz' is not known"),
         (["--seed", "x"], "--seed: expected int, got 'x'"),
+        (["--seed"], "command line: argument --seed: expected one argument"),
         (["--seed", "1.5"], "--seed: expected int, got '1.5'"),
         (["--optim", "sgd"], "--optim: expected adamw or muon, got 'sgd'"),
         (["--num_train_epochs", "0"], "--num_train_epochs: expected at least 1, got 0"),
@@ -258,12 +260,12 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_steps_as_torchs_does_up_to_its_bfloat16(nesterov):
+@pytest.mark.parametrize("option", [{}, {"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw"}, {"ns_steps": 3}])
+def test_muon_steps_as_torchs_does_up_to_its_bfloat16(option):
     torch.manual_seed(0)
     shapes = [(48, 16), (48, 16), (16, 48), (16, 16)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
-    options = {"lr": 0.1, "weight_decay": 0.2, "nesterov": nesterov}
+    options = {"lr": 0.1, "weight_decay": 0.2, **option}
     optimizers = [Muon(ours, **options), torch.optim.Muon(theirs, **options)]
     for _ in range(3):
         for our, their in zip(ours, theirs):

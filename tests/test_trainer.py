@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, environment_without_package, run_python, tiny
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+
+from conftest import TINY, environment_without_package, run_python, tiny
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 
 ROWS = [

@@ -1,0 +1,25 @@
+"""A plain install, as `pip install .` makes it."""
+
+import shutil
+import subprocess
+import sys
+
+from conftest import environment_without_package, run_python
+from vit_simple.train import ROOT
+
+
+def test_a_plain_install_trains_on_the_digits_that_come_with_it(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "outputs", "*.egg-info"))
+    python = environment_without_package(tmp_path / "environment")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, source], check=True)
+    shutil.rmtree(source)
+    code = """
+import sys
+from vit_simple.train import ROOT, main
+assert str(ROOT).startswith(sys.argv[1]), ROOT
+main(["--num_train_epochs", "1"])
+"""
+    run_python(python, tmp_path / "work", code, tmp_path / "environment")
+    assert (tmp_path / "work/outputs/digits/model.safetensors").exists()
