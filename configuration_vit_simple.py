@@ -34,6 +34,9 @@ OTHER_NAMES = {
     "num_heads": "num_attention_heads",
     "mlp_ratio": "intermediate_size",
     "dropout": "hidden_dropout_prob",
+    "drop_rate": "hidden_dropout_prob",
+    "proj_drop_rate": "hidden_dropout_prob",
+    "attn_drop_rate": "attention_probs_dropout_prob",
     "global_pool": "pooling",
     "reg_tokens": "num_register_tokens",
     "init_values": "layerscale_value",
@@ -51,8 +54,8 @@ class ViTSimpleConfig(PretrainedConfig):
         hidden_act: activation of the MLP, a name in `transformers.activations.ACT2FN`.
         hidden_dropout_prob: dropout after the embedding and at the end of both branches of a block, in [0, 1).
         attention_probs_dropout_prob: dropout on the attention weights, in [0, 1).
-        drop_path_rate: probability that a sample skips a branch (stochastic depth, arXiv:1603.09382, section 3) at the
-            last block; 0 at the first block, rising linearly. In [0, 1).
+        drop_path_rate: probability that a sample skips a branch at the last block; 0 at the first, rising linearly
+            (stochastic depth, arXiv:1603.09382, section 3, here drawn for each sample). In [0, 1).
         layer_norm_eps: epsilon of every LayerNorm.
         initializer_range: standard deviation of the truncated normal that fills kernels, tokens and positions.
         image_size: height and width in pixels, an int or a (height, width) pair; a multiple of `patch_size`.
@@ -62,8 +65,8 @@ class ViTSimpleConfig(PretrainedConfig):
         use_class_token: whether a learned token stands before the patches.
         pooling: `"cls"`, the class token, or `"mean"`, the mean of the patch tokens only.
         num_register_tokens: learned tokens between class token and patches (arXiv:2309.16588, section 2.2; DINOv2).
-        position_embedding: `"learned"`, or `"sincos2d"`: fixed, on the patches only (arXiv:2205.01580, section 3).
-        layerscale_value: initial LayerScale of both branches (arXiv:2103.17239, section 2.1; DeiT-III, DINOv2) or None.
+        position_embedding: `"learned"`, or `"sincos2d"`: fixed, on the patches only (arXiv:2205.01580).
+        layerscale_value: initial LayerScale of both branches (arXiv:2103.17239, section 2; DeiT-III, DINOv2) or None.
         head_init_std: standard deviation of the classifier's kernel; None means `initializer_range`, 0 starts at zero.
         kwargs: what every transformers config takes, such as `num_labels`, `id2label` and `problem_type`.
 
@@ -98,10 +101,9 @@ class ViTSimpleConfig(PretrainedConfig):
         **kwargs,
     ):
         fields = {name: value for name, value in locals().items() if name in OWN_FIELDS}
-        for key in kwargs:
-            near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, OWN_FIELDS, 1, cutoff=0.75)), None)
-            if near:
-                raise ValueError(f"ViTSimpleConfig has no field {key!r}: did you mean {near!r}?")
+        refuse_near_misses(kwargs)
+        if not is_count(kwargs.get("num_labels", 1)):
+            raise ValueError(f"ViTSimpleConfig.num_labels: expected a positive integer, got {kwargs['num_labels']!r}")
         for name, value in fields.items():
             setattr(self, name, value)
         # Complete and local whichever class saves, and wherever this config came from: a saved folder stands alone.
@@ -110,13 +112,19 @@ class ViTSimpleConfig(PretrainedConfig):
         self.check()
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As transformers' own, with `kwargs` that override fields; a near miss of a field is refused here, too."""
+        refuse_near_misses(kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "ViTSimpleConfig":
         """A published size and a patch size, `"S/16"` or `"notebook/16"`; `kwargs` are further fields.
 
         Raises:
             ValueError: a variant that is not `NAME/PATCH` with a name in `VARIANTS`.
         """
-        name, _, patch = variant.partition("/")
+        name, _, patch = str(variant).partition("/")
         if name not in VARIANTS or not patch.isdecimal():
             raise ValueError(f"variant: expected NAME/PATCH with NAME in {list(VARIANTS)}, got {variant!r}")
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -147,9 +155,6 @@ class ViTSimpleConfig(PretrainedConfig):
         def is_number(value):
             return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-        def is_count(value, least=1):
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
         for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
             expect(is_count(getattr(self, field)), field, "a positive integer")
         expect(is_count(self.num_register_tokens, least=0), "num_register_tokens", "0 or a positive integer")
@@ -170,10 +175,13 @@ class ViTSimpleConfig(PretrainedConfig):
             expect(valid, field, "None or a number that is not negative")
         for field in ("qkv_bias", "use_class_token"):
             expect(isinstance(getattr(self, field), bool), field, "True or False")
-        choices = {"pooling": ("cls", "mean"), "position_embedding": ("learned", "sincos2d")}
+        choices = {
+            "pooling": ("cls", "mean"),
+            "position_embedding": ("learned", "sincos2d"),
+            "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
+        }
         for field, allowed in choices.items():
-            value = getattr(self, field)
-            expect(isinstance(value, str) and value in allowed, field, f"one of {allowed}")
+            expect(getattr(self, field) in allowed, field, f"one of {allowed}")
         expect(isinstance(self.hidden_act, str) and self.hidden_act in ACT2FN, "hidden_act", "a name in ACT2FN")
 
         expect(
@@ -196,3 +204,15 @@ OWN_FIELDS = tuple(inspect.signature(ViTSimpleConfig.__init__).parameters)[1:-1]
 def pair(value) -> tuple[int, int]:
     """An int for both sides, or (height, width), as (height, width)."""
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def is_count(value, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def refuse_near_misses(keywords: dict):
+    """Raises ValueError for a keyword that is nearly one of our fields: base classes take any, and would ignore it."""
+    for key in keywords:
+        near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, OWN_FIELDS, 1, cutoff=0.75)), None)
+        if near and key not in OWN_FIELDS:
+            raise ValueError(f"ViTSimpleConfig has no field {key!r}: did you mean {near!r}?")

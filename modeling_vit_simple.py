@@ -31,7 +31,7 @@ class PatchEmbed(nn.Module):
 def sincos2d(rows: int, columns: int, dim: int, device: torch.device) -> torch.Tensor:
     """Fixed positions of a grid, (1, rows * columns, dim) in float32: sine and cosine of x, then of y.
 
-    "Better plain ViT baselines for ImageNet-1k", arXiv:2205.01580, section 3; the temperature is 10,000.
+    "Better plain ViT baselines for ImageNet-1k", arXiv:2205.01580; the temperature is 10,000.
     """
     frequency = 10_000 ** -torch.linspace(0, 1, dim // 4, device=device)
     y = torch.arange(rows, device=device)[:, None, None] * frequency  # (rows, 1, dim/4)
@@ -88,7 +88,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel at the end of a branch (arXiv:2103.17239, section 2.1)."""
+    """A learned factor per channel at the end of a branch (arXiv:2103.17239, section 2)."""
 
     def __init__(self, config: ViTSimpleConfig):
         super().__init__()
@@ -99,7 +99,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drops a branch for a whole sample with probability `rate` in training (arXiv:1603.09382, section 3)."""
+    """Drops a branch in training with probability `rate` (arXiv:1603.09382, section 3), drawn for each sample."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -309,12 +309,15 @@ class ViTSimpleForImageClassification(ViTSimpleModel):
         if labels.dtype == torch.int64 and problem in (None, "single_label_classification") and K > 1:
             expected, loss = (B,), F.cross_entropy
         elif labels.is_floating_point() and problem:
-            functions = {"regression": F.mse_loss, "multi_label_classification": F.binary_cross_entropy_with_logits}
-            expected, loss = (B, K), functions.get(problem, F.cross_entropy)
-            labels = labels.float()
+            expected, labels = (B, K), labels.float()
+            loss = {
+                "single_label_classification": F.cross_entropy,
+                "multi_label_classification": F.binary_cross_entropy_with_logits,
+                "regression": F.mse_loss,
+            }[problem]
         else:
             raise ValueError(
-                "labels: expected torch.int64 classes, or float labels and config.problem_type set to "
+                "labels: expected torch.int64 classes (of at least 2), or float labels and config.problem_type set to "
                 "'single_label_classification' (soft targets), 'multi_label_classification' or 'regression'; "
                 f"got {labels.dtype}, problem_type={problem!r} and num_labels={K}"
             )

@@ -4,6 +4,7 @@ Without a recipe and without --dataset_name it runs recipes/digits.yaml, which s
 """
 
 import argparse
+import contextlib
 import difflib
 import itertools
 import json
@@ -45,7 +46,7 @@ def option(group: str, default, help: str, choices: tuple | None = None):
 class TrainConfig:
     """The options of a run, which a recipe may set too. Raises ValueError for a value that cannot work."""
 
-    dataset_name: str = option("data", "data/digits", "Hub id, or folder of image or parquet files")
+    dataset_name: str = option("data", "data/digits", "Hub id or folder; no recipe runs then unless it is named, too")
     image_column_name: str | None = option("data", None, "column with the images; default: the only one")
     label_column_name: str | None = option("data", None, "column with the classes; default: the only one")
     train_val_split: float = option("data", 0.1, "part of train held out where there is no validation split")
@@ -87,12 +88,17 @@ class TrainConfig:
         for name in ("affine_degrees", "affine_shear"):
             self.expect(0 <= getattr(self, name) < 90, name, "degrees in [0, 90)")
         self.expect(self.eval_steps is None or self.eval_steps >= 1, "eval_steps", "at least 1")
-        if self.model and (self.variant or self.image_size):
+        self.expect(self.seed >= 0, "seed", "a number that is not negative")
+        self.expect(self.image_size is None or self.image_size >= 1, "image_size", "at least 1")
+        for name, item in OPTIONS.items():
+            choices = item.metadata["choices"]
+            self.expect(not choices or getattr(self, name) in choices, name, " or ".join(choices or ()))
+        if self.model is not None and (self.variant is not None or self.image_size is not None):
             raise ValueError("--variant and --image_size: expected neither beside a model mapping, which sets both")
 
     def expect(self, condition: bool, name: str, expected: str):
         if not condition:
-            raise ValueError(f"--{name}: expected {expected}, got {getattr(self, name)}")
+            raise ValueError(f"--{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
 OPTIONS = {option.name: option for option in fields(TrainConfig)}
@@ -104,25 +110,23 @@ def convert(name: str, value):
     Raises:
         ValueError: names the option, its type and what was got.
     """
-    kind, choices = OPTIONS[name].type, OPTIONS[name].metadata["choices"]
+    kind = OPTIONS[name].type
     if isinstance(kind, types.UnionType):
         if value is None:
             return None
         kind = typing.get_args(kind)[0]
+    if name == "mixed_precision" and value is False:
+        return "no"  # which YAML reads as a boolean
     try:
         if kind is dict:
-            converted = dict(yaml.safe_load(value) if isinstance(value, str) else value)
-        else:
-            converted = kind(str(value))
+            return dict(yaml.safe_load(value) if isinstance(value, str) else value)
+        return kind(str(value))
     except (ValueError, TypeError, yaml.YAMLError):
         raise ValueError(f"--{name}: expected {kind.__name__}, got {value!r}") from None
-    if choices and converted not in choices:
-        raise ValueError(f"--{name}: expected {' or '.join(choices)}, got {value!r}")
-    return converted
 
 
 def unknown(name: str, source: str, known) -> ValueError:
-    near = difflib.get_close_matches(name.lstrip("-"), known, 1)
+    near = difflib.get_close_matches(str(name).lstrip("-"), known, 1)
     return ValueError(f"{source}: {name!r} is not known" + (f", did you mean {near[0]!r}?" if near else ""))
 
 
@@ -159,6 +163,8 @@ def parse_config(arguments: list[str]) -> TrainConfig:
             raise ValueError(f"recipe: {path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(recipe, dict):
             raise ValueError(f"recipe: expected a mapping of options in {path}, got {type(recipe).__name__}")
+    if "variant" in given or "image_size" in given:
+        recipe.pop("model", None)
     for name in recipe:
         if name not in OPTIONS:
             raise unknown(name, str(path), OPTIONS)
@@ -263,18 +269,22 @@ def build_model_config(config: TrainConfig, class_names: list[str]) -> ViTSimple
         ValueError: a field of the model mapping that ViTSimpleConfig lacks or refuses, or that is not for RGB.
     """
     fields = dict(config.model or {})
-    for name in fields:
+    for name, value in fields.items():
         if name not in OWN_FIELDS:
             raise unknown(name, "--model", OWN_FIELDS)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                fields[name] = float(value)  # YAML reads 1e-5 as a string
     if fields.get("num_channels", 3) != 3:
         raise ValueError(
             f"--model: expected num_channels 3, since every image becomes RGB, got {fields['num_channels']}"
         )
     fields["id2label"] = dict(enumerate(class_names))
     fields["label2id"] = {name: index for index, name in enumerate(class_names)}
-    if config.model:
+    if config.model is not None:
         return ViTSimpleConfig(**fields)
-    return ViTSimpleConfig.from_variant(config.variant or "S/16", image_size=config.image_size or 224, **fields)
+    variant = "S/16" if config.variant is None else config.variant
+    return ViTSimpleConfig.from_variant(variant, image_size=config.image_size or 224, **fields)
 
 
 def choose_output_dir(config: TrainConfig) -> Path:
@@ -283,14 +293,17 @@ def choose_output_dir(config: TrainConfig) -> Path:
     Raises:
         ValueError: the folder has files in it, or cannot be made or written.
     """
-    name = Path(config.dataset_name).name
+    name = Path(config.dataset_name).resolve().name
     free = (Path("outputs") / (f"{name}-{number}" if number > 1 else name) for number in itertools.count(1))
-    folder = Path(config.output_dir or next(folder for folder in free if not folder.exists()))
+    folder = next(folder for folder in free if not folder.exists())
+    if config.output_dir is not None:
+        folder = Path(config.output_dir)
+    recipe = {name: value for name, value in asdict(config).items() if name != "output_dir"}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ValueError(f"--output_dir: expected a new or an empty folder, got {folder} with files in it")
-        (folder / "train_config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        (folder / "train_config.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--output_dir: {folder} cannot be written: {error.strerror}") from error
     return folder
@@ -395,7 +408,7 @@ def main(arguments: list[str] | None = None):
     accelerator.print(f"{config.dataset_name}: {sizes} images, {len(data.class_names)} classes")
     accelerator.print(f"ViTSimple: {network.num_parameters():,} parameters, {processes} x {accelerator.device}")
     model.train()
-    losses, start = [], time.perf_counter()
+    losses, start, evaluating = [], time.perf_counter(), 0.0
     progress = tqdm(range(total_steps), unit="step", disable=not accelerator.is_main_process)
     for step in progress:
         epoch, position = divmod(step, steps_per_epoch)
@@ -422,27 +435,34 @@ def main(arguments: list[str] | None = None):
         done = step + 1
         if done % config.logging_steps == 0 or done == total_steps:
             mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            lr, speed = config.learning_rate * factor, done * batch_size * processes / (time.perf_counter() - start)
+            lr, training = config.learning_rate * factor, time.perf_counter() - start - evaluating
+            speed = done * batch_size * processes / training
             log(done, "train", loss=mean_loss, lr=lr, images_per_second=round(speed, 1))
             progress.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.1e}, {speed:.0f} images/s")
             losses.clear()
         if done % eval_steps == 0 or done == total_steps:
+            before = time.perf_counter()
             result = evaluate(model, evaluations["validation"], accelerator)
+            evaluating += time.perf_counter() - before
             log(done, "validation", **result)
-            progress.write(f"step {done}: " + describe("validation", result))
+            if accelerator.is_main_process:
+                progress.write(f"step {done}: " + describe("validation", result))
     seconds = time.perf_counter() - start
 
     if accelerator.is_main_process:
         network.save_pretrained(folder)
     accelerator.print(f"trained {config.num_train_epochs} epochs in {seconds:.1f} s")
-    if "test" in evaluations:
+    if "test" not in evaluations:
+        accelerator.print("no labelled test split: nothing was tested")
+    else:
         result = evaluate(model, evaluations["test"], accelerator)
         log(total_steps, "test", **result)
         accelerator.print(describe("test", result))
     accelerator.print(
-        f"saved in {folder}; load it anywhere with\n"
-        f'  transformers.pipeline("image-classification", "{folder}", trust_remote_code=True)'
+        f"saved in {folder}; load it anywhere on this machine with\n"
+        f'  transformers.pipeline("image-classification", "{folder.resolve()}", trust_remote_code=True)'
     )
+    accelerator.wait_for_everyone()  # a gather that is still being cleaned up can deadlock gloo's end
     accelerator.end_training()
 
 

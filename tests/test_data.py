@@ -108,6 +108,14 @@ def test_a_label_beyond_the_classes_is_found_in_any_split(tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize("secret", [-1, None])
+def test_a_test_split_whose_labels_are_secret_is_left_out(tmp_path, secret):
+    save(tmp_path / "set", [0, 1] * 4)
+    assert "test" not in load(save(tmp_path / "set", [secret, secret], split="test")).splits
+    with pytest.raises(ValueError, match=f"got {secret} in row 1 of the split 'test'"):
+        load(save(tmp_path / "set", [0, secret], split="test"))
+
+
 def test_a_data_set_without_train_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected a 'train' split in .*, got test"):
         load(save(tmp_path / "set", [0, 1], split="test"))

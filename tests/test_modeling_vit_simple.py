@@ -412,7 +412,10 @@ def test_a_training_step_compiles_into_one_graph_once(pixels):
         optimizer.step()
         optimizer.zero_grad()
     assert len(graphs) == 1
-    step(torch.randn(6, 3, 8, 24), labels=CLASSES, interpolate_pos_encoding=True)
+    other = torch.randn(6, 3, 8, 24)
+    assert torch.compile(model.eval(), backend="eager", fullgraph=True)(
+        other, interpolate_pos_encoding=True
+    ).logits.equal(model(other, interpolate_pos_encoding=True).logits)
 
 
 def test_export_with_any_batch_size(pixels):
@@ -481,7 +484,7 @@ def test_regression_of_one_value_takes_flat_labels(pixels):
     "fields, labels, message",
     [
         ({}, torch.rand(6, 5), "config.problem_type set to 'single_label_classification' \\(soft targets\\)"),
-        ({}, CLASSES.int(), "expected torch.int64 classes, .* got torch.int32"),
+        ({}, CLASSES.int(), "expected torch.int64 classes .* got torch.int32"),
         ({}, CLASSES[:5], r"expected shape \(6,\), got \(5,\)"),
         ({}, CLASSES[:, None], r"expected shape \(6,\), got \(6, 1\)"),
         ({"problem_type": "multi_label_classification"}, CLASSES, "got torch.int64, problem_type='multi_label"),

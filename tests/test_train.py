@@ -46,7 +46,7 @@ def test_a_run_leaves_a_complete_folder(run_folder):
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["split"] for row in rows if row["split"] != "train"] == ["validation", "test"]
     train = [row for row in rows if row["split"] == "train"]
-    assert train[-1]["step"] == 20 and train[-1]["epoch"] == 1 and train[0]["images_per_second"] > 0
+    assert train[-1]["step"] == 40 and train[-1]["epoch"] == 1 and train[0]["images_per_second"] > 0
     assert train[-1]["loss"] < train[0]["loss"] and train[-1]["lr"] < train[0]["lr"]
 
 
@@ -59,10 +59,11 @@ def test_the_pipeline_gets_as_many_test_images_right_as_the_run_said(run_folder)
     assert said["top1"] == right / 360 and said["top1"] <= said["top5"] <= 1
 
 
-def test_its_recipe_repeats_a_run_bit_for_bit(run_folder, tmp_path):
-    main([str(run_folder / "train_config.yaml"), "--output_dir", str(tmp_path / "again")])
+def test_its_recipe_repeats_a_run_bit_for_bit(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main([str(run_folder / "train_config.yaml")])
     main([str(run_folder / "train_config.yaml"), "--output_dir", str(tmp_path / "other"), "--seed", "1"])
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (run_folder, tmp_path / "again")]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run_folder, tmp_path / "outputs/digits")]
     assert weights[0] == weights[1] != (tmp_path / "other/model.safetensors").read_bytes()
 
 
@@ -71,7 +72,8 @@ def test_folders_are_numbered_and_never_overwritten(tmp_path, monkeypatch, capsy
     for _ in range(2):
         main(SHORT)
     assert files(tmp_path / "outputs") == {"digits", "digits-2"}
-    assert 'pipeline("image-classification", "outputs/digits-2", trust_remote_code=True)' in capsys.readouterr().out
+    line = f'pipeline("image-classification", "{tmp_path}/outputs/digits-2", trust_remote_code=True)'
+    assert line in capsys.readouterr().out
     before = (tmp_path / "outputs/digits/model.safetensors").read_bytes()
     with pytest.raises(SystemExit, match="expected a new or an empty folder, got outputs/digits with files in it"):
         main([*SHORT, "--output_dir", "outputs/digits"])
@@ -100,19 +102,20 @@ def test_a_folder_of_other_pictures_trains_with_a_variant(tmp_path):
 
 
 def test_two_processes_share_each_step(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
-    options = ["--num_train_epochs", "1", "--per_device_train_batch_size", "32", "--affine_degrees", "0"]
-    options += ["--affine_translate", "0", "--affine_scale", "0", "--affine_shear", "0", "--logging_steps", "1"]
-    script = [str(ROOT / "train.py"), *options, "--output_dir", str(tmp_path / "two")]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *script], check=True, capture_output=True, cwd=tmp_path, env=one_thread)
-    options[3] = "64"
-    main([*options, "--output_dir", str(tmp_path / "one")])
+    plain = [f"--affine_{name}=0" for name in ("degrees", "translate", "scale", "shear")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    cpu = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     losses = []
-    for name in ("one", "two"):
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        losses.append(torch.tensor([row["loss"] for row in rows]))
-    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-4)
+    for processes, batch in ((1, 64), (2, 32)):
+        folder = tmp_path / str(processes)
+        script = [ROOT / "train.py", "--num_train_epochs", "1", "--per_device_train_batch_size", str(batch)]
+        command = [*launch, str(processes), *script, *plain, "--logging_steps", "1", "--output_dir", folder]
+        result = subprocess.run(command, cwd=tmp_path, env=cpu, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("saved in") == result.stdout.count("step 20: validation") == 1
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 # Options
@@ -149,8 +152,11 @@ def test_the_digits_recipe_runs_only_when_nothing_else_is_named():
         (["--train_val_split", "1"], "--train_val_split: expected a number between 0 and 1, got 1.0"),
         (["--affine_scale", "1"], "--affine_scale: expected a number in [0, 1), got 1.0"),
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor: expected a number in [0, 1), got 1.0"),
-        (["--model", "[1]"], "--model: expected dict, got [1]"),
-        (["--variant", "S/16"], "expected neither beside a model mapping"),
+        (["--model", "[1]"], "--model: expected dict, got '[1]'"),
+        (["--variant", "S/16", "--model", "{}"], "expected neither beside a model mapping"),
+        (["--variant", ""], "variant: expected NAME/PATCH"),
+        (["--image_size", "0"], "--image_size: expected at least 1, got 0"),
+        (["--seed", "-1"], "--seed: expected a number that is not negative, got -1"),
         (["nowhere.yaml"], "recipe: nowhere.yaml cannot be read: "),
     ],
 )
@@ -161,9 +167,22 @@ def test_a_wrong_option_is_one_readable_line(arguments, message):
     assert "\n" not in str(stop.value)
 
 
+def test_a_variant_from_the_command_line_replaces_the_network_of_the_recipe():
+    config = parse_config(["--variant", "Ti/4", "--image_size", "8"])
+    assert (config.model, config.variant, config.optim) == (None, "Ti/4", "muon")
+
+
+def test_numbers_and_words_that_yaml_misreads_are_understood(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("mixed_precision: no\nmodel: {layerscale_value: 1e-5, pooling: mean}\n")
+    config = parse_config([str(tmp_path / "recipe.yaml")])
+    network = build_model_config(config, ["a", "b"])
+    assert (config.mixed_precision, network.layerscale_value, network.pooling) == ("no", 1e-5, "mean")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("1: 2", "1 is not known"),
         ("sed: 1", "'sed' is not known, did you mean 'seed'?"),
         ("seed: true", "--seed: expected int, got True"),
         ("seed: null", "--seed: expected int, got None"),
