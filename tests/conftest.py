@@ -33,6 +33,10 @@ def tiny(**fields) -> ViTSimpleForImageClassification:
     return model
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="moments at which tests/test_resume.py kills a run")
+
+
 @pytest.fixture
 def pixels() -> torch.Tensor:
     return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -10,7 +10,8 @@ from transformers import AutoImageProcessor
 
 from conftest import EVERY_SWITCH, environment_without_package, run_python, tiny
 from vit_simple import ViTSimpleForImageClassification
-from vit_simple.train import write_processor
+from vit_simple.options import TrainConfig
+from vit_simple.prepare import processor_content
 
 OPEN = """
 import json, sys, torch, transformers
@@ -75,7 +76,8 @@ def folders(run_folder, tmp_path_factory):
     labels = {index: name for index, name in enumerate(["a", "b", "c", "d", "e"])}
     label2id = {name: index for index, name in labels.items()}
     tiny(**EVERY_SWITCH, position_embedding="sincos2d", id2label=labels, label2id=label2id).save_pretrained(folder)
-    write_processor(folder, (16, 16))
+    content = processor_content(TrainConfig(), (16, 16), cropped=True)  # unlike that of the run
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
     return [run_folder, folder]
 
 

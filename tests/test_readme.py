@@ -5,7 +5,7 @@ import shlex
 import sys
 
 from conftest import run_python
-from vit_simple.train import ROOT, parse_config
+from vit_simple.options import ROOT, parse_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

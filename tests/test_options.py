@@ -1,0 +1,31 @@
+import pytest
+
+from vit_simple.options import TrainConfig, parse_config
+from vit_simple.train import main
+
+
+def test_the_command_line_wins_over_the_recipe_over_the_defaults(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 1e-3\nseed: 3\nnum_train_epochs: 7\nmodel: {image_size: 8, patch_size: 2}\n")
+    config = parse_config([str(recipe), "--seed", "4", "--output_dir", "x"])
+    assert (config.learning_rate, config.seed, config.num_train_epochs) == (1e-3, 4, 7)
+    assert config.model == {"image_size": 8, "patch_size": 2} and config.output_dir == "x"
+    assert config.weight_decay == TrainConfig().weight_decay
+
+
+def test_the_digits_recipe_runs_only_when_nothing_else_is_named():
+    assert parse_config(["--seed", "1"]).optim == "muon"
+    assert parse_config(["--dataset_name", "cifar10"]) == TrainConfig(dataset_name="cifar10")
+
+
+def test_a_variant_from_the_command_line_replaces_the_network_of_the_recipe():
+    config = parse_config(["--variant", "Ti/4", "--image_size", "8"])
+    assert (config.model, config.variant, config.optim) == (None, "Ti/4", "muon")
+
+
+def test_help_lists_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, default in vars(TrainConfig()).items():
+        assert f"--{name} " in printed and (default is None or f"({default})" in printed)

@@ -1,0 +1,273 @@
+"""A run that was killed or stopped goes on as if nothing had happened: `pytest tests/test_resume.py --kills 20`."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vit_simple import train
+from vit_simple.options import ROOT
+from vit_simple.train import main
+
+# Every random choice that there is, checkpoints that fall between log lines and evaluations, and an average.
+RUN = [
+    *(
+        "--max_steps",
+        "90",
+        "--logging_steps",
+        "7",
+        "--eval_steps",
+        "25",
+        "--save_steps",
+        "10",
+        "--save_total_limit",
+        "2",
+    ),
+    *("--ema_decay", "0.95", "--drop_path_rate", "0.2", "--crop_padding", "1", "--horizontal_flip", "0.5"),
+    *("--randaugment_num_ops", "1", "--random_erasing", "0.3", "--mixup_alpha", "0.5", "--cutmix_alpha", "1"),
+    *("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "16"),
+]
+CACHED, CROPPED = ["--random_resized_crop", "0"], ["--random_resized_crop", "0.5", "--cache_images", "off"]
+WAYS = [(CROPPED, 1), (CACHED, 0), (CROPPED, 3), (CACHED, 3), (CROPPED, 0)]  # with the number of workers
+TIMES = {"images_per_second", "data_wait"}
+
+
+def start(folder: Path, *options) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "train.py", "--output_dir", folder, *RUN, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(folder.with_suffix(".log"), "a") as log:
+        return subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment, cwd=folder.parent)
+
+
+def finish(folder: Path, *options):
+    assert start(folder, *options).wait(300) == 0, folder.with_suffix(".log").read_text()
+
+
+def wait_for(condition, process: subprocess.Popen):
+    """Whether the condition came true before the process ended."""
+    while not condition():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def left(folder: Path) -> dict:
+    """All that a run leaves but for times: tensors by file, and the lines of its log."""
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    found = {"checkpoints": checkpoints, "weights": load_file(folder / "model.safetensors")}
+    last = folder / "checkpoints" / checkpoints[-1]
+    found |= {name: load_file(last / name) for name in ("model.safetensors", "ema.safetensors")}
+    found |= {name: torch.load(last / name, weights_only=True) for name in ("optimizer.bin", "optimizer_1.bin")}
+    found["state"] = json.loads((last / "state.json").read_text())
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    found["metrics"] = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return found
+
+
+def assert_same(one, other, path=""):
+    """Equal to the last bit, whatever the nesting."""
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for number, (first, second) in enumerate(zip(one, other)):
+            assert_same(first, second, f"{path}/{number}")
+    else:
+        assert one == other, path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What the two ways of reading data leave when nothing happens, how long it takes, and the folder."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    references = {}
+    for name, options in (("cached", CACHED), ("cropped", CROPPED)):
+        process = start(folder / name, *options)
+        assert wait_for((folder / name).exists, process)
+        began = time.perf_counter()
+        assert process.wait(300) == 0, (folder / f"{name}.log").read_text()
+        references[name] = left(folder / name), time.perf_counter() - began, folder / name
+    return references
+
+
+def kill(folder: Path, options: list[str], moment: float, saving: bool) -> bool:
+    """Kills a run some seconds after it made its folder or, if `saving`, at its next checkpoint; False: it was over."""
+    process = start(folder, *options)
+    assert wait_for(folder.exists, process)
+    time.sleep(moment)
+    if saving and wait_for(lambda: any((folder / "checkpoints").glob(".step_*")), process):
+        time.sleep(random.uniform(0, 0.01))
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+def test_runs_killed_at_random_moments_end_as_if_nothing_had_happened(uninterrupted, tmp_path, request):
+    for number in range(request.config.getoption("--kills")):
+        options, workers = WAYS[number % len(WAYS)]
+        expected, seconds, _ = uninterrupted["cropped" if "off" in options else "cached"]
+        options = [*options, "--dataloader_num_workers", str(workers)]
+        saving = number % 2 == 1  # every other one dies while it writes a checkpoint
+        for trial in range(20):
+            folder, moment = tmp_path / f"run-{number}-{trial}", random.uniform(0, seconds)
+            if kill(folder, options, moment, saving):
+                break
+        else:
+            pytest.fail("no run could be killed before its end")
+        found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "step_" not in path.parent.name)
+        finish(folder, *options, "--resume_from_checkpoint", "latest")
+        assert_same(left(folder), expected)
+        print(
+            f"killed after {moment:.2f} of {seconds:.2f} s, {workers} workers, leaving {' '.join(found)}: the same end"
+        )
+
+
+# Stopping and going on by hand
+
+
+def test_ctrl_c_saves_and_exits_with_a_word(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, *CACHED)
+    assert wait_for((folder / "metrics.jsonl").exists, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    said = folder.with_suffix(".log").read_text()
+    assert f"step {int(checkpoint.name[5:])} is saved; go on with the same options and" in said
+    assert f"--output_dir {folder} --resume_from_checkpoint latest" in said and "Traceback" not in said
+    finish(folder, *CACHED, "--resume_from_checkpoint", "latest")
+    assert_same(left(folder), uninterrupted["cached"][0])
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(uninterrupted):
+    expected, _, folder = uninterrupted["cached"]
+    finish(folder, *CACHED, "--resume_from_checkpoint", folder / "checkpoints/step_000070")
+    assert_same(left(folder), expected)
+
+
+SHORT = ["--max_steps", "3", "--save_steps", "2", "--max_train_samples", "64"]
+
+
+@pytest.fixture
+def short_run(tmp_path) -> Path:
+    main([*SHORT, "--output_dir", str(tmp_path / "run")])
+    return tmp_path / "run"
+
+
+def test_latest_without_a_checkpoint_says_so_and_starts_anew(tmp_path, capsys):
+    folder = tmp_path / "run"
+    for _ in range(2):
+        main([*SHORT, "--save_steps", "9", "--output_dir", str(folder), "--resume_from_checkpoint", "latest"])
+        assert f"no complete checkpoint in {folder}: starting anew" in capsys.readouterr().out
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [3, 3, 3]  # one line each of training, validation and test, the second time, too
+
+
+def test_latest_without_a_folder_goes_on_with_the_newest_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        main(SHORT)
+    main([*SHORT, "--resume_from_checkpoint", "latest"])
+    assert "going on from outputs/digits-2/checkpoints/step_000002" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["digits", "digits-2"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seed", "1"], "expected the recipe of {run}, which differs in seed (0 there, 1 here)"),
+        (["--max_steps", "4", "--learning_rate", "1"], "max_steps (3 there, 4 here), learning_rate (0.002 there, 1.0"),
+        (["--resume_from_checkpoint", "{run}"], "expected latest or a run's checkpoints/step_N, got {run}"),
+        (["--output_dir", "{run}/checkpoints"], "expected a run's folder, got {run}/checkpoints without train_config"),
+        (
+            ["--resume_from_checkpoint", "{run}/checkpoints/step_000002", "--output_dir", "elsewhere"],
+            "--output_dir: expected {run}, the run of the checkpoint, got elsewhere",
+        ),
+    ],
+)
+def test_what_is_not_the_same_run_is_refused(short_run, options, message):
+    before = {path: path.read_bytes() for path in short_run.rglob("*") if path.is_file()}
+    given = ["--output_dir", str(short_run), "--resume_from_checkpoint", "latest"]
+    with pytest.raises(SystemExit) as stop:
+        main([*SHORT, *given, *(option.format(run=short_run) for option in options)])
+    assert message.format(run=short_run) in str(stop.value)
+    assert {path: path.read_bytes() for path in short_run.rglob("*") if path.is_file()} == before
+
+
+def test_another_number_of_processes_is_refused(short_run):
+    state = short_run / "checkpoints/step_000002/state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "processes": 2}))
+    with pytest.raises(SystemExit, match=r"differs in number of processes \(2 there, 1 here\)"):
+        main([*SHORT, "--output_dir", str(short_run), "--resume_from_checkpoint", "latest"])
+
+
+def test_what_changes_no_weight_may_change_on_the_way(short_run):
+    changed = [
+        "--save_total_limit",
+        "5",
+        "--save_steps",
+        "1",
+        "--on_bad_image",
+        "skip",
+        "--dataloader_num_workers",
+        "1",
+    ]
+    before = (short_run / "model.safetensors").read_bytes()
+    main([*SHORT, "--output_dir", str(short_run), "--resume_from_checkpoint", "latest", *changed])
+    assert (short_run / "model.safetensors").read_bytes() == before
+
+
+# Disks and losses
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    """The limit on the size of a file stands in for the full disk: writing fails in the middle."""
+    folder = tmp_path / "run"
+    code = """
+import resource, signal, sys
+from vit_simple import checkpoint, train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save_state, saved = train.Accelerator.save_state, []
+def full(self, *arguments):
+    saved.append(1)
+    if len(saved) == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    return save_state(self, *arguments)
+train.Accelerator.save_state = full
+train.main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, *RUN, *CACHED, "--output_dir", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert "train.py: error: step 30 cannot be saved: " in result.stderr
+    assert last.endswith(f"the last good checkpoint is {folder}/checkpoints/step_000020")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000010", "step_000020"]
+    finish(folder, *CACHED, "--resume_from_checkpoint", "latest")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    schedule = train.schedule
+    monkeypatch.setattr(train, "schedule", lambda step, *rest: math.inf if step == 5 else schedule(step, *rest))
+    options = ["--max_steps", "40", "--logging_steps", "20", "--save_steps", "4", "--output_dir", str(folder)]
+    with pytest.raises(SystemExit) as stop:
+        main(options)
+    assert f"the loss of step 7 is not finite; the last good checkpoint is {folder}/checkpoints/step_000004" in str(
+        stop.value
+    )
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
