@@ -24,7 +24,8 @@ def gray_outside(warp, x: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
 
 def along(axis: int, amount: torch.Tensor) -> torch.Tensor:
     """(B,) -> (B, 2): the amount along one axis, x being 0 and y 1."""
-    return amount[:, None] * F.one_hot(torch.tensor(axis, device=amount.device), 2)
+    zeros = torch.zeros_like(amount)
+    return torch.stack([zeros, amount] if axis else [amount, zeros], 1)
 
 
 def posterize(x: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
@@ -34,19 +35,26 @@ def posterize(x: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
 
 
 def equalize(x: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """Gives every channel an even histogram, all images at once."""
+    """Gives every channel an even histogram, all images at once; a channel of one level stays as it is."""
     levels = (x * 255).round().long().flatten(2)  # (B, 3, HW)
     histogram = torch.zeros(*levels.shape[:2], 256, device=x.device)
     histogram.scatter_add_(2, levels, torch.ones_like(levels, dtype=histogram.dtype))
     below = histogram.cumsum(2)
     least = below.gather(2, levels.amin(2, keepdim=True))  # pixels of the lowest level, which becomes 0
-    table = (below - least) / (levels.shape[2] - least).clamp(min=1)
-    return table.gather(2, levels).clamp(0, 1).view_as(x)
+    above = levels.shape[2] - least
+    even = (below - least).gather(2, levels) / above.clamp(min=1)
+    return torch.where(above > 0, even, x.flatten(2)).view_as(x)
+
+
+def autocontrast(x: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """Stretches every channel to [0, 1]; a channel of one level stays as it is."""
+    least, most = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(most > least, (x - least) / (most - least).clamp(min=1e-6), x)
 
 
 OPERATIONS = {
     "Identity": lambda x, s: x,
-    "AutoContrast": lambda x, s: kornia.enhance.normalize_min_max(x),
+    "AutoContrast": autocontrast,
     "Equalize": equalize,
     "Posterize": posterize,
     "Solarize": lambda x, s: torch.where(x >= 1 - s.abs()[:, None, None, None], 1 - x, x),
@@ -67,6 +75,7 @@ def rand_augment(x: torch.Tensor, num_ops: int, magnitude: float) -> torch.Tenso
 
     Cubuk et al., 2019, arXiv:1909.13719, section 3. Images with the same operation are changed together.
     """
+    x = x.clone()
     for _ in range(num_ops):
         drawn = torch.randint(len(OPERATIONS), (len(x),))
         strength = magnitude / 10 * (1 - 2 * torch.randint(2, (len(x),)))
@@ -75,7 +84,7 @@ def rand_augment(x: torch.Tensor, num_ops: int, magnitude: float) -> torch.Tenso
             if len(rows) and number:
                 rows_there = rows.to(x.device, non_blocking=True)
                 changed = operation(x[rows_there], strength[rows].to(x.device, non_blocking=True))
-                x = x.index_copy(0, rows_there, changed.clamp(0, 1))
+                x.index_copy_(0, rows_there, changed.clamp(0, 1))
     return x
 
 
@@ -95,7 +104,9 @@ def random_flip(x: torch.Tensor, probability: float) -> torch.Tensor:
 
 def rectangles(top: torch.Tensor, left: torch.Tensor, height: torch.Tensor, width: torch.Tensor, like: torch.Tensor):
     """True within a rectangle of each image, (B, 1, H, W); all four in pixels (B,), which may lie outside."""
-    top, left, height, width = (side[:, None, None, None].to(like.device) for side in (top, left, height, width))
+    top, left, height, width = (
+        side[:, None, None, None].to(like.device, non_blocking=True) for side in (top, left, height, width)
+    )
     y = torch.arange(like.shape[2], device=like.device)[:, None]
     x = torch.arange(like.shape[3], device=like.device)
     return (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
@@ -131,7 +142,7 @@ def mix(x: torch.Tensor, targets: torch.Tensor, mixup_alpha: float, cutmix_alpha
     side = (1 - kept).sqrt()
     top, left = torch.rand(B) * H - side * H / 2, torch.rand(B) * W - side * W / 2
     inside = rectangles(top.round(), left.round(), (side * H).round(), (side * W).round(), x)
-    cut, kept = (draw[:, None, None, None].to(x.device) for draw in (cut, kept))
+    cut, kept = (draw[:, None, None, None].to(x.device, non_blocking=True) for draw in (cut, kept))
     weight = torch.where(cut, 1.0 - inside.float(), kept)  # of the image itself, (B, 1, H, W)
     share = weight.mean((2, 3))
     return x * weight + x.roll(1, 0) * (1 - weight), targets * share + targets.roll(1, 0) * (1 - share)
@@ -195,7 +206,7 @@ class Augment(nn.Module):
             self.affine = K.RandomAffine(affine_degrees, shift, size, affine_shear, padding_mode="border", p=1.0)
 
     def scale(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(self.white)
+        return pixels.float().div_(self.white)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 -> float32, the processor's pixel_values bit for bit."""

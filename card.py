@@ -29,7 +29,7 @@ def plot_curves(folder: Path):
                 steps, values = np.array(series[quantity, name]).T
                 values = values * (100 if quantity == "top1" else 1)
                 axis.plot(
-                    steps, values, "o" if len(steps) < 20 else "", ls="-", ms=3, lw=1.2, c=f"C{number}", label=name
+                    steps, values, marker="o" if len(steps) < 20 else "", ms=3, lw=1.2, c=f"C{number}", label=name
                 )
         axis.set(title=title, xlabel="step")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -51,6 +51,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def delete(checkpoint: Path):
+    """Renames it first: what a kill leaves is not taken for a checkpoint."""
+    gone = checkpoint.with_name(f".{checkpoint.name}")
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)
+
+
 def open_folder(config: TrainConfig, processes: int) -> tuple[Path, Path | None]:
     """The run's folder, made where it is new, and the checkpoint to go on from, if any.
 
@@ -78,7 +85,7 @@ def open_folder(config: TrainConfig, processes: int) -> tuple[Path, Path | None]
     else:
         folder = taken[-1] if resume and taken else free
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=folder != free)  # two runs may have found the same free name
         if resume is None and any(folder.iterdir()):
             raise ValueError(f"--output_dir: expected a new or an empty folder, got {folder} with files in it")
         if resume == "latest":
@@ -92,6 +99,10 @@ def open_folder(config: TrainConfig, processes: int) -> tuple[Path, Path | None]
         write(folder / "train_config.yaml", yaml.safe_dump(recipe, sort_keys=False))
         for path in (folder / "checkpoints").glob(".step_*"):
             shutil.rmtree(path)
+        if checkpoint is not None:
+            checkpoints = complete_checkpoints(folder)
+            for later in checkpoints[checkpoints.index(folder / "checkpoints" / checkpoint.name) + 1 :]:
+                delete(later)  # of a way that is not gone on
     except OSError as error:
         raise ValueError(f"--output_dir: {folder} cannot be written: {error.strerror}") from error
     return folder, checkpoint
@@ -146,18 +157,15 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             flush(aside)
-            if target.exists():  # the run went on from an earlier one
-                shutil.rmtree(target)
             aside.rename(target)
             flush(target.parent)
+        accelerator.wait_for_everyone()
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if accelerator.is_main_process:
         for old in complete_checkpoints(folder)[:-limit]:
-            gone = old.with_name(f".{old.name}")
-            old.rename(gone)
-            shutil.rmtree(gone)
+            delete(old)
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, averaged: AveragedWeights | None) -> dict:

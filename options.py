@@ -51,7 +51,9 @@ class TrainConfig:
     max_train_samples: int | None = option("data", None, COUNT, "at most so many training images, drawn by seed")
     max_eval_samples: int | None = option("data", None, COUNT, "at most so many images of each other split")
     on_bad_image: str = option("data", "error", ("error", "skip"), "what to do with an image that cannot be decoded")
-    cache_images: str = option("data", "auto", ("auto", "off"), "auto: decode once what is never cropped and fits")
+    cache_images: str = option(
+        "data", "auto", ("auto", "off"), "auto: keep splits of up to 4 GiB decoded, if never cropped"
+    )
     dataloader_num_workers: int | None = option(
         "data", None, AMOUNT, "decoding processes; default: all cores, none on CPU"
     )
@@ -107,7 +109,9 @@ class TrainConfig:
     logging_steps: int = option("run", 10, COUNT, "steps between two lines of metrics.jsonl")
     report_to: str | None = option("run", None, ("tensorboard", "wandb", "trackio"), "send the metrics there, too")
     eval_only: bool = option("run", False, None, "evaluate --model_name_or_path and leave no folder")
-    mixed_precision: str = option("run", "no", ("no", "bf16"), "autocast to this type")
+    mixed_precision: str | None = option(
+        "run", None, ("no", "bf16"), "autocast in training; default: as accelerate launch says, else no"
+    )
     torch_compile: bool = option("run", False, None, "compile the network")
     seed: int = option("run", 0, AMOUNT, "decides every random choice")
 
@@ -125,6 +129,8 @@ class TrainConfig:
         scratch = [name for name in ("variant", "image_size", "model") if getattr(self, name) is not None]
         if self.model_name_or_path is not None and scratch:
             raise ValueError(f"--model_name_or_path: expected no --{scratch[0]} beside it, the checkpoint has its own")
+        if self.model_name_or_path is not None and self.crop_pct is not None:
+            raise ValueError("--crop_pct: expected none beside --model_name_or_path, which has its own image processor")
         if self.eval_only and self.model_name_or_path is None:
             raise ValueError("--eval_only: expected --model_name_or_path, the checkpoint to evaluate")
 
@@ -167,7 +173,8 @@ def unknown(name: str, source: str, known) -> ValueError:
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("train.py", description=description, allow_abbrev=False, exit_on_error=False)
+    usage = "train.py [recipe.yaml] [--option value ...]"
+    parser = argparse.ArgumentParser("train.py", usage, description, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("recipe", nargs="?", help="a YAML file of options, which the command line overrides")
     groups = {}
     for name, item in OPTIONS.items():

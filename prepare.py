@@ -5,12 +5,13 @@ import importlib.util
 import json
 import os
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import PIL.Image
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from transformers import AutoImageProcessor, BaseImageProcessor, PretrainedConfig
 from transformers.utils import cached_file
 
@@ -20,20 +21,32 @@ from vit_simple.data import ImageData, Images, equal_sizes, fits, seed_for
 from vit_simple.options import TrainConfig, unknown
 
 
+def precision_of(config: TrainConfig) -> str:
+    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises ValueError for a tracker that is not installed, and for Muon under FSDP."""
+    """Raises ValueError for a tracker that is not installed, a precision that is no option, and what FSDP cannot do."""
+    if precision_of(config) not in ("no", "bf16"):
+        raise ValueError(f"--mixed_precision: expected no or bf16, got {precision_of(config)} from accelerate launch")
     if config.report_to and importlib.util.find_spec(config.report_to) is None:
         raise ValueError(f"--report_to: expected {config.report_to} to be installed: pip install {config.report_to}")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said outright: torchrun on a CPU makes no group otherwise
-        mixed_precision=config.mixed_precision,
+        mixed_precision="no",  # train.py has its own autocast, around the training step alone
         log_with=config.report_to,
         project_dir=".",  # asked for by some trackers; it becomes the run's folder, once that is known
+        # The others wait while one prepares a large data set.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
-    if config.optim == "muon" and accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "--optim: expected adamw under FSDP, which splits the matrices that muon needs whole, got muon"
-        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for name, used in (
+            ("optim muon", config.optim == "muon"),
+            ("ema_decay", config.ema_decay is not None),
+            ("eval_only", config.eval_only),
+        ):
+            if used:
+                raise ValueError(f"--{name}: expected a run without it under FSDP, which splits every parameter")
     return accelerator
 
 
@@ -110,6 +123,8 @@ def build_network(config: TrainConfig, class_names: list[str]) -> ViTSimpleForIm
         network.head.requires_grad_(True)
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable()
+    if config.torch_compile:
+        network.compile()
     return network
 
 
@@ -119,8 +134,14 @@ def processor_content(config: TrainConfig, image_size: tuple[int, int], cropped:
     Images come to their size as a whole or, where `crop_pct` is given or training crops, by the short side and a crop.
     """
     if config.model_name_or_path is not None:
-        return json.loads(Path(cached_file(config.model_name_or_path, "preprocessor_config.json")).read_text("utf-8"))
+        try:
+            file = cached_file(config.model_name_or_path, "preprocessor_config.json")
+        except OSError as error:
+            raise ValueError(f"--model_name_or_path: expected an image processor there: {error}") from error
+        return json.loads(Path(file).read_text(encoding="utf-8"))
     height, width = image_size
+    if height != width and config.crop_pct is not None:
+        raise ValueError(f"--crop_pct: expected a square image_size, got {image_size}")
     content = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
     if height == width and (cropped or config.crop_pct is not None):
         content = {
@@ -158,9 +179,9 @@ def build_images(
         BadImage: an image that cannot be decoded, with `on_bad_image` "error".
     """
     crop, rows = config.random_resized_crop, data.splits["train"]
-    if crop is None:
+    if crop is None and not config.eval_only:
         crop = 0.0 if fits(len(rows), image_size) and equal_sizes(rows, data.image_column) else 0.08
-    content = processor_content(config, image_size, crop > 0)
+    content = processor_content(config, image_size, bool(crop))
     processor = open_processor(content)
     made = processor(PIL.Image.new("RGB", (300, 200)), return_tensors="pt").pixel_values.shape[2:]
     if tuple(made) != image_size:

@@ -1,10 +1,11 @@
-"""Trains a ViTSimple classifier on a data set of images: `python train.py [recipe.yaml] [--option value ...]`.
+"""Trains a ViTSimple classifier on a data set of images, from scratch or from a checkpoint.
 
 Without a recipe and without --dataset_name it runs recipes/digits.yaml, which states what it reaches.
 """
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -34,7 +35,14 @@ from vit_simple.configuration_vit_simple import pair
 from vit_simple.data import BadImage, Images, evaluation_keys, load_image_data, seed_for, training_keys
 from vit_simple.optimization import AveragedWeights, build_optimizers, schedule
 from vit_simple.options import TrainConfig, parse_config
-from vit_simple.prepare import build_accelerator, build_images, build_network, check_batch_size, workers_for
+from vit_simple.prepare import (
+    build_accelerator,
+    build_images,
+    build_network,
+    check_batch_size,
+    precision_of,
+    workers_for,
+)
 
 LARGEST_CONFUSION = 1000  # classes
 NEVER = torch.iinfo(torch.int64).max
@@ -93,17 +101,20 @@ class Meter:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.loss_sum = torch.zeros(1, device=accelerator.device)
-        self.first_bad = torch.full((1,), NEVER, device=accelerator.device)  # step with a loss that is not finite
+        self.first_bad = torch.full((1,), NEVER, device=accelerator.device)  # step that was not finite
         self.restart()
 
     def restart(self):
         self.loss_sum.zero_()
         self.batches, self.since, self.waited, self.paused = 0, time.perf_counter(), 0.0, 0.0
 
-    def add(self, loss: torch.Tensor, done: int):
+    def add(self, loss: torch.Tensor):
         self.loss_sum += loss
         self.batches += 1
-        self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=done))
+
+    def look(self, gradient_norm: torch.Tensor, done: int):
+        finite = (self.loss_sum + gradient_norm).isfinite()
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=done))
 
     @contextlib.contextmanager
     def waiting(self):
@@ -118,10 +129,10 @@ class Meter:
         self.paused += time.perf_counter() - before
 
     def check(self, folder: Path):
-        """Ends the run if a loss was not finite."""
+        """Ends the run if the loss or the gradient of a step was not finite."""
         first = self.accelerator.gather(self.first_bad).min().item()
         if first < NEVER:
-            raise stop(f"the loss of step {first} is not finite; {last_good(folder)}; try a lower learning rate")
+            raise stop(f"step {first}: loss or gradient is not finite; {last_good(folder)}; try a lower learning rate")
 
     def read(self, steps: int, images_per_batch: int) -> dict[str, float]:
         """The mean loss of so many steps, images per second and the part of the time spent waiting for data."""
@@ -185,9 +196,8 @@ def train(
     total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
     eval_steps = config.eval_steps or steps_per_epoch
     workers = workers_for(config, accelerator)
+    in_bf16 = precision_of(config) == "bf16"
 
-    if config.torch_compile:
-        network.compile()
     muon_rate = config.muon_learning_rate if config.optim == "muon" else None
     optimizers = build_optimizers(network, config.learning_rate, config.weight_decay, config.layer_decay, muon_rate)
     model, *optimizers = accelerator.prepare(network, *optimizers)
@@ -253,11 +263,12 @@ def train(
                 torch.manual_seed(seed_for(config.seed, step, batch, rank))
                 x, targets = augment(pixels, labels)
                 with contextlib.nullcontext() if batch + 1 == accumulation else accelerator.no_sync(model):
-                    loss = F.cross_entropy(model(x).logits.float(), targets) / accumulation
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=in_bf16):
+                        logits = model(x).logits
+                    loss = F.cross_entropy(logits.float(), targets) / accumulation
                     accelerator.backward(loss)
-                meter.add(loss.detach(), step + 1)
-            if config.max_grad_norm:
-                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                meter.add(loss.detach())
+            meter.look(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf), step + 1)
             factor = schedule(step, total_steps, config.warmup_steps, config.lr_scheduler_type, config.decay_steps)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -288,6 +299,7 @@ def train(
                         f"stopped by a signal, step {done} is saved; go on with the same options and\n"
                         f"  --output_dir {folder} --resume_from_checkpoint latest"
                     )
+                    accelerator.end_training()
                     raise SystemExit(128 + max(signals, default=signal.SIGTERM))
 
     best = "ema" if averaged else "raw"
@@ -330,15 +342,16 @@ def agreed(accelerator: Accelerator, signals: list[int], in_step: bool) -> bool:
     """Whether to stop; several processes stop after the same step, so they ask each other where they meet anyway."""
     if accelerator.num_processes == 1:
         return bool(signals)
-    count = torch.tensor([len(signals)], device=accelerator.device)
-    return in_step and accelerator.reduce(count, "sum").item() > 0
+    if not in_step:
+        return False
+    return accelerator.reduce(torch.tensor([len(signals)], device=accelerator.device), "sum").item() > 0
 
 
 def main(arguments: list[str] | None = None):
     try:
         config = parse_config(sys.argv[1:] if arguments is None else arguments, __doc__)
         accelerator = build_accelerator(config)
-        with accelerator.main_process_first():  # the others read what the first has prepared
+        with accelerator.local_main_process_first():  # the others read what the first has prepared
             data = load_image_data(
                 config.dataset_name,
                 config_name=config.dataset_config_name,
@@ -375,9 +388,9 @@ def main(arguments: list[str] | None = None):
             train(config, accelerator, network, images, augment, folder, checkpoint)
     except BadImage as error:
         raise stop(str(error)) from error
-    for bad in all_bad_images(images).values():
-        for reason in bad.values():
-            accelerator.print(f"skipped {reason}")
+    skipped = [reason for bad in all_bad_images(images).values() for reason in bad.values()]
+    if skipped:
+        accelerator.print("\n  ".join([f"skipped {len(skipped)} images that cannot be decoded:", *skipped]))
     if not config.eval_only:
         accelerator.print(
             f"saved in {folder}; load it anywhere on this machine with\n"

@@ -124,6 +124,12 @@ def test_an_operation_without_strength_changes_nothing(name):
     torch.testing.assert_close(OPERATIONS[name](x, torch.zeros(2)), x, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["AutoContrast", "Equalize"])
+def test_a_channel_of_one_level_has_nothing_to_stretch(name):
+    x = torch.full((2, 3, 16, 16), 0.8)
+    assert torch.equal(OPERATIONS[name](x, torch.ones(2)), x)
+
+
 def test_images_of_a_batch_are_changed_as_each_would_be_alone():
     x = torch.rand(8, 3, 16, 16)
     strength = torch.tensor([1.0, -1.0]).repeat(4) * 0.7

@@ -56,9 +56,13 @@ def test_the_validation_part_is_a_function_of_the_seed():
     assert first == again != other
 
 
-def test_a_validation_split_of_the_data_is_used_as_it_is(tmp_path):
-    save(tmp_path / "set", [0, 1] * 4)
-    data = load(save(tmp_path / "set", [1, 0], split="validation"))
+@pytest.mark.parametrize("name", ["validation", "valid", "dev"])
+def test_a_validation_split_of_the_data_is_used_as_it_is(tmp_path, name):
+    for split, labels in (("train", [0, 1] * 4), (name, [1, 0])):
+        file = save(tmp_path / "files", labels, split=split) + f"/{split}-00000-of-00001.parquet"
+        load_dataset("parquet", data_files=file, split="train").save_to_disk(tmp_path / "set" / split)
+    (tmp_path / "set/dataset_dict.json").write_text(f'{{"splits": ["train", "{name}"]}}')
+    data = load(str(tmp_path / "set"))
     assert len(data.splits["train"]) == 8 and data.splits["validation"]["label"][:] == [1, 0]
 
 
@@ -79,7 +83,10 @@ def test_every_form_of_a_data_set_is_loaded(tmp_path):
     rows.save_to_disk(tmp_path / "rows")
     for name in ("parquet", "parquet/train-00000-of-00001.parquet", "rows", "rows/data-00000-of-00001.arrow"):
         assert len(load(str(tmp_path / name), fraction=0).splits["train"]) == 8
-    assert list(load(str(tmp_path / "splits"), fraction=0).splits) == ["train", "test"]
+    before = sorted(tmp_path.rglob("*"))
+    data = load(str(tmp_path / "splits"), fraction=0.25, max_train_samples=4)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 4, "validation": 2, "test": 2}
+    assert sorted(tmp_path.rglob("*")) == before, "something was written into the data"
 
 
 def test_a_part_of_a_data_set_is_drawn_by_seed():
@@ -287,12 +294,15 @@ def bad_files(folder) -> dict[str, str]:
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_text("not an image")
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    PIL.Image.effect_noise((40, 40), 50).save(folder / "half.png")
+    (folder / "half.png").write_bytes((folder / "half.png").read_bytes()[:600])
     header = b"P6 20000 20000 255\n"  # 400 million pixels
     (folder / "bomb.ppm").write_bytes(header)
     (folder / "large.ppm").write_bytes(b"P6 10000 10000 255\n")  # of which Pillow only warns
     return {
         "truncated.jpg": "truncated",
         "empty.jpg": "empty",
+        "half.png": "truncated",
         "text.jpg": "not an image that Pillow knows",
         "broken.png": "not an image that Pillow knows|Error",
         "bomb.ppm": "more than 89478485 pixels",

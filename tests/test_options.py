@@ -1,6 +1,8 @@
 import pytest
 
-from vit_simple.options import TrainConfig, parse_config
+from vit_simple.augment import Augment
+from vit_simple.options import ROOT, TrainConfig, parse_config
+from vit_simple.prepare import build_model_config, open_processor, processor_content
 from vit_simple.train import main
 
 
@@ -29,3 +31,13 @@ def test_help_lists_every_option_with_its_default(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for name, default in vars(TrainConfig()).items():
         assert f"--{name} " in printed and (default is None or f"({default})" in printed)
+
+
+@pytest.mark.parametrize("recipe", ["digits", "cifar10", "imagenet_s16", "finetune_b16"])
+def test_a_recipe_has_options_that_exist_and_a_network_that_can_be_built(recipe):
+    config = parse_config([str(ROOT / f"recipes/{recipe}.yaml")])
+    processor = open_processor(processor_content(TrainConfig(), (32, 32), cropped=False))
+    Augment(processor, 10, **config.group("augmentation"))
+    if config.model_name_or_path is None:
+        network = build_model_config(config, [str(number) for number in range(1000)])
+        assert network.num_labels == 1000

@@ -56,6 +56,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
         build_network(TrainConfig(model_name_or_path=path, eval_only=True), ["a", "b"])
     with pytest.raises(ValueError, match=r"--model_name_or_path: .*nowhere cannot be read"):
         build_network(TrainConfig(model_name_or_path=str(tmp_path / "nowhere")), NAMES)
+    with pytest.raises(ValueError, match=r"expected an image processor there: .*preprocessor_config"):
+        processor_content(TrainConfig(model_name_or_path=path), (16, 16), cropped=False)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="expected a checkpoint of vit_simple, got one of vit in "):
         build_network(TrainConfig(model_name_or_path=str(tmp_path)), NAMES)
@@ -76,3 +78,5 @@ def test_evaluation_crops_the_middle_where_training_crops_at_random():
         pixels = processor(picture, return_tensors="pt").pixel_values
         assert pixels.shape == (1, 3, 16, 16) and (pixels[..., 1:-1, 1:-1] == 1).all() == white
     assert processor_content(TrainConfig(), (224, 224), True)["size"] == {"shortest_edge": 256}
+    with pytest.raises(ValueError, match=r"--crop_pct: expected a square image_size, got \(16, 32\)"):
+        processor_content(TrainConfig(crop_pct=0.9), (16, 32), cropped=False)

@@ -45,7 +45,8 @@ def start(folder: Path, *options) -> subprocess.Popen:
     command = [sys.executable, ROOT / "train.py", "--output_dir", folder, *RUN, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder.with_suffix(".log"), "a") as log:
-        return subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment, cwd=folder.parent)
+        options = {"stdout": log, "stderr": log, "env": environment, "cwd": folder.parent, "start_new_session": True}
+        return subprocess.Popen([*map(str, command)], **options)
 
 
 def finish(folder: Path, *options):
@@ -98,7 +99,7 @@ def uninterrupted(tmp_path_factory):
     references = {}
     for name, options in (("cached", CACHED), ("cropped", CROPPED)):
         process = start(folder / name, *options)
-        assert wait_for((folder / name).exists, process)
+        assert wait_for((folder / name).exists, process), (folder / f"{name}.log").read_text()
         began = time.perf_counter()
         assert process.wait(300) == 0, (folder / f"{name}.log").read_text()
         references[name] = left(folder / name), time.perf_counter() - began, folder / name
@@ -139,23 +140,30 @@ def test_runs_killed_at_random_moments_end_as_if_nothing_had_happened(uninterrup
 # Stopping and going on by hand
 
 
-def test_ctrl_c_saves_and_exits_with_a_word(uninterrupted, tmp_path):
+@pytest.mark.parametrize("number, name, workers", [(signal.SIGINT, "cached", 0), (signal.SIGTERM, "cropped", 1)])
+def test_a_signal_to_all_processes_saves_and_exits_with_a_word(uninterrupted, tmp_path, number, name, workers):
     folder = tmp_path / "run"
-    process = start(folder, *CACHED)
+    options = [*(CACHED if name == "cached" else CROPPED), "--dataloader_num_workers", str(workers)]
+    process = start(folder, *options)
     assert wait_for((folder / "metrics.jsonl").exists, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 128 + signal.SIGINT
+    os.killpg(process.pid, number)
+    assert process.wait(60) == 128 + number
     (checkpoint,) = (folder / "checkpoints").iterdir()
     said = folder.with_suffix(".log").read_text()
     assert f"step {int(checkpoint.name[5:])} is saved; go on with the same options and" in said
     assert f"--output_dir {folder} --resume_from_checkpoint latest" in said and "Traceback" not in said
-    finish(folder, *CACHED, "--resume_from_checkpoint", "latest")
-    assert_same(left(folder), uninterrupted["cached"][0])
+    finish(folder, *options, "--resume_from_checkpoint", "latest")
+    assert_same(left(folder), uninterrupted[name][0])
 
 
 def test_a_run_goes_on_from_the_checkpoint_that_is_named(uninterrupted):
     expected, _, folder = uninterrupted["cached"]
-    finish(folder, *CACHED, "--resume_from_checkpoint", folder / "checkpoints/step_000070")
+    process = start(folder, *CACHED, "--resume_from_checkpoint", folder / "checkpoints/step_000070")
+    assert wait_for(lambda: not (folder / "checkpoints/step_000080").exists(), process)  # it is of the abandoned end
+    process.kill()
+    process.wait()
+    assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_000070"]
+    finish(folder, *CACHED, "--resume_from_checkpoint", "latest")
     assert_same(left(folder), expected)
 
 
@@ -260,14 +268,23 @@ train.main(sys.argv[1:])
     finish(folder, *CACHED, "--resume_from_checkpoint", "latest")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step(tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    schedule = train.schedule
-    monkeypatch.setattr(train, "schedule", lambda step, *rest: math.inf if step == 5 else schedule(step, *rest))
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, monkeypatch, where):
+    folder, calls = tmp_path / "run", []
+
+    def break_seventh(value: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        broken = len(calls) == 7
+        if where == "loss":
+            return value * math.nan if broken else value
+        value.register_hook(lambda gradient: gradient * math.inf if broken else gradient)
+        return value
+
+    cross_entropy = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(train.F, "cross_entropy", lambda *given, **rest: break_seventh(cross_entropy(*given, **rest)))
     options = ["--max_steps", "40", "--logging_steps", "20", "--save_steps", "4", "--output_dir", str(folder)]
     with pytest.raises(SystemExit) as stop:
-        main(options)
-    assert f"the loss of step 7 is not finite; the last good checkpoint is {folder}/checkpoints/step_000004" in str(
-        stop.value
-    )
+        main([*options, "--eval_steps", "40"])
+    last = f"the last good checkpoint is {folder}/checkpoints/step_000004"
+    assert f"step 7: loss or gradient is not finite; {last}" in str(stop.value)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]

@@ -217,6 +217,28 @@ def test_evaluation_alone_gets_what_training_got_and_leaves_nothing(run_folder, 
     assert files(tmp_path) == set()
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_training_in_bfloat16_is_evaluated_in_float32(tmp_path, monkeypatch, capsys, launched):
+    """Else the pipeline would get other images right than the run said."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if launched else "no")
+    losses = losses_of(tmp_path / "run", *UNCHANGED, *([] if launched else ["--mixed_precision", "bf16"]))
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    exact = losses_of(tmp_path / "float32", *UNCHANGED)
+    assert losses == pytest.approx(exact, abs=0.05) and losses != pytest.approx(exact, abs=1e-5)
+    capsys.readouterr()
+    main(["--eval_only", "--model_name_or_path", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    for row in rows_of(tmp_path / "run"):
+        if row["split"] != "train":
+            assert f"{row['loss']:.4f}   {row['correct']} of {row['count']}" in printed
+
+
+def test_a_precision_of_the_launcher_that_is_no_option_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(SystemExit, match="--mixed_precision: expected no or bf16, got fp8 from accelerate launch"):
+        main([])
+
+
 def test_a_checkpoint_is_fine_tuned_with_its_own_processor(run_folder, tmp_path):
     options = ["--model_name_or_path", str(run_folder), "--freeze_backbone", "--learning_rate", "0.01"]
     main([*SHORT, *options, "--num_train_epochs", "6", "--layer_decay", "0.75", "--output_dir", str(tmp_path / "run")])
@@ -277,7 +299,8 @@ def test_a_bad_image_stops_a_run_or_is_skipped_and_named(tmp_path, capsys):
     printed = capsys.readouterr().out
     for split in ("train", "test"):
         file = f"{name}/{split}/dark/0.jpg"
-        assert f"skipped row 0 of the split '{split}' ({file}): not an image that Pillow knows" in printed
+        assert f"  row 0 of the split '{split}' ({file}): not an image that Pillow knows" in printed
+    assert "skipped 2 images that cannot be decoded:" in printed
     assert rows_of(tmp_path / "run")[-1]["count"] == 11
 
 
@@ -352,6 +375,7 @@ def test_a_wrong_recipe_is_one_readable_line(tmp_path, text, message):
         (["--model", "[1]"], "--model: expected dict, got '[1]'"),
         (["--variant", "S/16", "--model", "{}"], "expected neither beside a model mapping"),
         (["--model_name_or_path", "x", "--variant", "S/16"], "expected no --variant beside it"),
+        (["--model_name_or_path", "x", "--crop_pct", "1"], "--crop_pct: expected none beside --model_name_or_path"),
         (["--eval_only"], "--eval_only: expected --model_name_or_path, the checkpoint to evaluate"),
         (["--eval_only", "maybe"], "--eval_only: expected true or false, got 'maybe'"),
         (["--report_to", "wandb"], "--report_to: expected wandb to be installed: pip install wandb"),

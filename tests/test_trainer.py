@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from datasets import load_dataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from conftest import TINY, environment_without_package, run_python, tiny
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
+from vit_simple.augment import Augment, TrainerCollator, mark_for_augmentation
+from vit_simple.optimization import parameter_groups
+from vit_simple.options import ROOT
 
 ROWS = [
     {"pixel_values": pixels, "labels": label % 3}
@@ -81,3 +85,31 @@ with torch.no_grad():
     for number, folder in enumerate([tmp_path / "run", tmp_path / "run/checkpoint-80"]):
         printed = run_python(python, tmp_path / f"work-{number}", code, folder, tmp_path / "pixels.pt")
         assert json.loads(printed.splitlines()[-1]) == expected
+
+
+def test_the_collator_mixes_in_training_and_evaluates_as_the_run_did(run_folder, tmp_path):
+    said = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
+    processor = AutoImageProcessor.from_pretrained(run_folder)
+    options = {"problem_type": "single_label_classification"}
+    model = AutoModelForImageClassification.from_pretrained(run_folder, **options)
+    augment = Augment(processor, 10, mixup_alpha=0.5, cutmix_alpha=1.0, label_smoothing_factor=0.1)
+    digits = load_dataset(str(ROOT / "data/digits"))
+    trainer = Trainer(
+        model,
+        arguments(tmp_path / "run", num_train_epochs=2, remove_unused_columns=False, logging_steps=50),
+        data_collator=TrainerCollator(processor, augment),
+        train_dataset=digits["train"].with_transform(mark_for_augmentation),
+        eval_dataset=digits["test"],
+        compute_metrics=lambda result: {"correct": int((result.predictions.argmax(-1) == result.label_ids).sum())},
+        optimizers=(torch.optim.AdamW(parameter_groups(model, learning_rate=2e-3, weight_decay=0.05)), None),
+    )
+    before = trainer.evaluate()
+    assert before["eval_correct"] == said["correct"] and before["eval_loss"] == pytest.approx(said["loss"], rel=1e-4)
+    trainer.train()
+    after, mixed = trainer.evaluate(), trainer.state.log_history[-3]["loss"]
+    assert after["eval_correct"] > before["eval_correct"] and after["eval_loss"] < before["eval_loss"] < 2.3
+    assert mixed > after["eval_loss"]  # mixed and smoothed labels are harder than those of the evaluation
+    trainer.save_model()
+    assert (
+        AutoModelForImageClassification.from_pretrained(tmp_path / "run").config.problem_type == options["problem_type"]
+    )
