@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import kornia_rs
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -26,6 +27,7 @@ from transformers import BaseImageProcessor
 
 CACHE_BYTES = 4 * 2**30  # the largest split that is kept decoded
 DECODE_BATCH = 256  # images decoded at a time for that
+JPEG_DECODER = kornia_rs.io.ImageDecoder()
 IGNORED = -100  # the label of what does not count, as in torch.nn.functional.cross_entropy
 
 
@@ -177,9 +179,10 @@ def open_image(value: dict | None) -> PIL.Image.Image:
     """The image of an undecoded row, its header read and no more."""
     if value is None:
         raise BadImage("there is none")
-    if value["bytes"] == b"":
+    data = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+    if not data:
         raise BadImage("empty")
-    return PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
+    return PIL.Image.open(io.BytesIO(data))
 
 
 def load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -210,22 +213,26 @@ def random_resized_crop(
 ) -> torch.Tensor:
     """Decodes an undecoded row, crops it and resizes it, bilinear with antialiasing, to uint8 (3, height, width).
 
-    JPEG is decoded at a half to an eighth of its size where that is enough. The resizing is torch's, which took a third
-    of the time of Pillow's.
+    JPEG is decoded at a half to an eighth of its size where that is enough, and otherwise, if it needs no turning, with
+    libjpeg-turbo directly: the pixels are Pillow's, the copies are saved. Resizing is torch's, faster than Pillow's.
     """
     image = open_image(value)
-    turned = image.getexif().get(PIL.Image.ExifTags.Base.Orientation) in (5, 6, 7, 8)  # on its side
-    width, height = image.size[::-1] if turned else image.size
+    orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
+    width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
     left, upper, right, lower = random_crop(width, height, min_area, generator)
     needed = max(size[1] / (right - left), size[0] / (lower - upper))
-    if needed < 1:
+    pixels = None
+    if image.format == "JPEG" and orientation == 1 and needed > 0.5:
+        with contextlib.suppress(Exception):  # CMYK, and what is broken: Pillow decodes it or says why not
+            pixels = JPEG_DECODER.decode(image.fp.getvalue())
+    if pixels is None:
         image.draft("RGB", tuple(math.ceil(side * needed) for side in image.size))
-    image = load_rgb(image)
-    x, y = image.width / width, image.height / height
+        pixels = np.array(load_rgb(image))
+    x, y = pixels.shape[1] / width, pixels.shape[0] / height
     left, upper = int(left * x), int(upper * y)
     right, lower = max(left + 1, round(right * x)), max(upper + 1, round(lower * y))
-    pixels = torch.from_numpy(np.array(image.crop((left, upper, right, lower)))).permute(2, 0, 1)
-    return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+    cropped = torch.from_numpy(pixels[upper:lower, left:right].copy()).permute(2, 0, 1)
+    return F.interpolate(cropped[None], size, mode="bilinear", antialias=True)[0]
 
 
 def fits(count: int, size: tuple[int, int]) -> bool:

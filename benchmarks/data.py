@@ -1,6 +1,6 @@
 """Training images per second: this repository's way beside per-image transforms in a DataLoader, in one run.
 
-    pip install --target peers --no-deps torchvision==0.28.0    # a folder of its own: see benchmarks/README.md
+    pip install --target peers --no-deps torchvision    # one that fits your torch, in a folder of its own
     PYTHONPATH=peers python -m benchmarks.data --small SET --photographs SET
 
 The other side is what transformers' example for image classification does: `with_transform` with torchvision's
@@ -65,12 +65,11 @@ def ours(name: str, size: int, batch_size: int, kept: bool, device_part: bool = 
 
 
 def rates(sides: dict, batch_size: int, batches: dict, rounds: int) -> dict[str, list[float]]:
-    """Images per second of each side in every round, the sides taking turns."""
-    for side in sides.values():
-        next(side)  # what is done once
+    """Images per second of each side in every round, the sides taking turns; the first batch of a turn is not timed."""
     found = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
+            next(side)
             start = time.perf_counter()
             for _ in range(batches[name]):
                 next(side)

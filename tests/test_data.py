@@ -249,6 +249,16 @@ def test_a_crop_shows_the_place_that_it_was_cut_from(tmp_path, monkeypatch, orie
     assert y.mean(1)[[0, -1]].tolist() == pytest.approx([309, 841], abs=15)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_crop_of_a_jpeg_is_one_of_pillows_pixels(tmp_path, monkeypatch, mode):
+    PIL.Image.effect_noise((60, 50), 80).convert(mode).save(tmp_path / "noise.jpg", quality=90)
+    monkeypatch.setattr("vit_simple.data.random_crop", lambda *_: (10.0, 20.0, 42.0, 36.0))
+    images = Images(data_of([str(tmp_path / "noise.jpg")], [0]), "train", processor(32), (16, 32), 0.5)
+    pixels, _ = read(images)
+    expected = PIL.Image.open(tmp_path / "noise.jpg").convert("RGB").crop((10, 20, 42, 36))
+    assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), np.array(expected))
+
+
 def test_only_images_of_one_size_are_equal_and_only_small_splits_fit(tmp_path):
     assert equal_sizes(load(DIGITS).splits["train"], "image")
     assert not equal_sizes(data_of(photographs(tmp_path), [0, 1, 0, 1]).splits["train"], "image")

@@ -262,7 +262,6 @@ def test_without_a_validation_split_all_of_train_is_used(tmp_path, capsys):
 
 
 def test_the_metrics_go_to_a_tracker_too(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     main([*SHORT, "--report_to", "tensorboard", "--ema_decay", "0.9", "--output_dir", str(tmp_path / "run")])
