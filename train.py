@@ -331,11 +331,11 @@ def evaluate_only(
     images: dict[str, Images],
     augment: Augment,
 ):
-    model = accelerator.prepare(network)
-    workers = workers_for(config, accelerator)
+    model, workers = accelerator.prepare(network), workers_for(config, accelerator)
+    results = {}
     for split, part in images.items():
-        result, _ = evaluate(model, part, augment, accelerator, config.per_device_eval_batch_size, workers)
-        accelerator.print(table(config.model_name_or_path, {split: result}))
+        results[split], _ = evaluate(model, part, augment, accelerator, config.per_device_eval_batch_size, workers)
+    accelerator.print(table("evaluation", results))
 
 
 def agreed(accelerator: Accelerator, signals: list[int], in_step: bool) -> bool:

@@ -96,13 +96,14 @@ def assert_same(one, other, path=""):
 def uninterrupted(tmp_path_factory):
     """What the two ways of reading data leave when nothing happens, how long it takes, and the folder."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    references = {}
-    for name, options in (("cached", CACHED), ("cropped", CROPPED)):
-        process = start(folder / name, *options)
+    processes = {name: start(folder / name, *options) for name, options in (("cached", CACHED), ("cropped", CROPPED))}
+    began, references = {}, {}
+    for name, process in processes.items():
         assert wait_for((folder / name).exists, process), (folder / f"{name}.log").read_text()
-        began = time.perf_counter()
+        began[name] = time.perf_counter()
+    for name, process in processes.items():
         assert process.wait(300) == 0, (folder / f"{name}.log").read_text()
-        references[name] = left(folder / name), time.perf_counter() - began, folder / name
+        references[name] = left(folder / name), time.perf_counter() - began[name], folder / name
     return references
 
 
@@ -265,7 +266,7 @@ train.main(sys.argv[1:])
     assert "train.py: error: step 30 cannot be saved: " in result.stderr
     assert last.endswith(f"the last good checkpoint is {folder}/checkpoints/step_000020")
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000010", "step_000020"]
-    finish(folder, *CACHED, "--resume_from_checkpoint", "latest")
+    main([*RUN, *CACHED, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"])
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
