@@ -149,7 +149,9 @@ def mix(x: torch.Tensor, targets: torch.Tensor, mixup_alpha: float, cutmix_alpha
 
 
 class Augment(nn.Module):
-    """uint8 (B, 3, H, W) and labels (B,) -> float32 (B, 3, H, W) and targets (B, K), as cross-entropy takes them.
+    """uint8 (B, C, H, W) and labels -> float32 (B, C, H, W) and targets (B, K), as the loss takes them.
+
+    Classes (B,) become one-hot; float labels (B, K), of several classes or a number, are mixed as they are.
 
     In this order: padded crop, flip, affine map, RandAugment, normalisation, erasing, mixup or CutMix; what is left at
     its default is off.
@@ -157,7 +159,7 @@ class Augment(nn.Module):
     Args:
         processor: the checkpoint's image processor, for its mean, standard deviation and scale.
         num_classes: K.
-        label_smoothing_factor: the part of each target that is spread over all classes, in [0, 1).
+        label_smoothing_factor: the part of each target that is spread over all classes, in [0, 1); for classes (B,).
         crop_padding: pixels of the padding around an image that is then cropped at random.
         horizontal_flip: probability.
         affine_degrees: largest rotation, either way; the border is repeated.
@@ -169,7 +171,7 @@ class Augment(nn.Module):
         mixup_alpha, cutmix_alpha: of the Beta distributions, see `mix`.
 
     Raises:
-        ValueError: the processor does not scale and normalise.
+        ValueError: the processor does not scale and normalise; RandAugment for other than three channels.
     """
 
     def __init__(
@@ -193,6 +195,9 @@ class Augment(nn.Module):
         super().__init__()
         if not (processor.do_rescale and processor.do_normalize):
             raise ValueError("processor: expected do_rescale and do_normalize, got one that leaves pixels as they are")
+        if randaugment_num_ops and len(processor.image_mean) != 3:
+            channels = len(processor.image_mean)
+            raise ValueError(f"--randaugment_num_ops: expected 0 for images of {channels} channels, it is made for RGB")
         self.num_classes, self.label_smoothing_factor = num_classes, label_smoothing_factor
         self.crop_padding, self.horizontal_flip, self.random_erasing = crop_padding, horizontal_flip, random_erasing
         self.randaugment_num_ops, self.randaugment_magnitude = randaugment_num_ops, randaugment_magnitude
@@ -213,7 +218,7 @@ class Augment(nn.Module):
         return self.scale(pixels).sub_(self.mean).div_(self.std)
 
     def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        targets = F.one_hot(labels, self.num_classes).float()
+        targets = labels if labels.is_floating_point() else F.one_hot(labels, self.num_classes).float()
         if self.label_smoothing_factor:
             targets = targets.lerp(torch.full_like(targets, 1 / self.num_classes), self.label_smoothing_factor)
         x = random_crop(pixels, self.crop_padding) if self.crop_padding else pixels

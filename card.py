@@ -8,6 +8,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+TITLES = {
+    "loss": "loss",
+    "top1": "images right (%)",
+    "map": "mean average precision (%)",
+    "mae": "mean absolute error",
+    "lr": "learning rate",
+}
 FEW_CLASSES = 30  # as many names and counts as a picture of the confusions has room for
 
 
@@ -17,17 +24,17 @@ def plot_curves(folder: Path):
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         name = row["split"] + (" (averaged weights)" if row.get("weights") == "ema" else "")
-        for quantity in ("loss", "top1", "lr"):
+        for quantity in TITLES:
             if quantity in row and row["split"] != "test":
                 series[quantity, name].append((row["step"], row[quantity]))
     names = list(dict.fromkeys(name for _, name in series))
     figure = Figure(figsize=(11, 3.2), layout="constrained", dpi=150)
-    titles = {"loss": "loss", "top1": "images right (%)", "lr": "learning rate"}
-    for axis, (quantity, title) in zip(figure.subplots(1, 3, sharex=True), titles.items()):
+    titles = {name: title for name, title in TITLES.items() if name in {quantity for quantity, _ in series}}
+    for axis, (quantity, title) in zip(figure.subplots(1, len(titles), sharex=True), titles.items()):
         for number, name in enumerate(names):
             if (quantity, name) in series:
                 steps, values = np.array(series[quantity, name]).T
-                values = values * (100 if quantity == "top1" else 1)
+                values = values * (100 if quantity in ("top1", "map") else 1)
                 axis.plot(
                     steps, values, marker="o" if len(steps) < 20 else "", ms=3, lw=1.2, c=f"C{number}", label=name
                 )

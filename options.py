@@ -43,10 +43,12 @@ class TrainConfig:
     """The options of a run. Raises ValueError for a value that cannot work."""
 
     dataset_name: str = option("data", "data/digits", None, "Hub id, folder or file; without it the digits recipe runs")
+    streaming: bool = option("data", False, None, "read the data set when it is needed; it is never kept")
+    shuffle_buffer_size: int = option("data", 1000, COUNT, "rows among which each reader of a stream shuffles")
     dataset_config_name: str | None = option("data", None, None, "configuration of the data set")
     dataset_revision: str | None = option("data", None, None, "branch, tag or commit of the data set on the Hub")
-    image_column_name: str | None = option("data", None, None, "column with the images; default: the only one")
-    label_column_name: str | None = option("data", None, None, "column with the classes; default: the only one")
+    image_column_name: str | None = option("data", None, None, "column of images or arrays; default: the only one")
+    label_column_name: str | None = option("data", None, None, "column of classes or numbers; default: the only one")
     train_val_split: float = option("data", 0.1, PART, "part of train held out where there is no validation split")
     max_train_samples: int | None = option("data", None, COUNT, "at most so many training images, drawn by seed")
     max_eval_samples: int | None = option("data", None, COUNT, "at most so many images of each other split")
@@ -55,10 +57,10 @@ class TrainConfig:
         "data", "auto", ("auto", "off"), "auto: keep splits of up to 4 GiB decoded, if never cropped"
     )
     dataloader_num_workers: int | None = option(
-        "data", None, AMOUNT, "decoding processes; default: all cores, none on CPU"
+        "data", None, AMOUNT, "decoding processes; default: all cores; on CPU none, one for a stream"
     )
     random_resized_crop: float | None = option(
-        "data", None, CHANCE, "least part kept; 0: none; default: 0.08, none for images of equal size"
+        "data", None, CHANCE, "least part kept; 0: none; default: 0.08; none if kept and of equal size"
     )
     crop_pct: float | None = option(
         "data", None, SHARE, "evaluation's centre crop; default: 0.875 after random crops, else the whole image"
@@ -94,6 +96,7 @@ class TrainConfig:
     learning_rate: float = option("optimisation", 1e-3, AMOUNT, "highest learning rate of AdamW")
     muon_learning_rate: float = option("optimisation", 0.02, AMOUNT, "highest learning rate of Muon")
     layer_decay: float = option("optimisation", 1.0, SHARE, "each layer's rate as a part of the next one's")
+    class_weights: str | None = option("optimisation", None, ("balanced",), "balanced: all classes weigh the same")
     weight_decay: float = option("optimisation", 0.05, AMOUNT, "weight decay of kernels; nothing else decays")
     lr_scheduler_type: str = option("optimisation", "cosine", SCHEDULES, "how the rate goes on after the warm-up")
     warmup_steps: float = option("optimisation", 0.1, AMOUNT, "steps of rising rate; below 1: a part of all steps")
@@ -126,6 +129,8 @@ class TrainConfig:
                 raise ValueError(f"--{name}: expected {expected}, got {value!r}")
         if self.model is not None and (self.variant is not None or self.image_size is not None):
             raise ValueError("--variant and --image_size: expected neither beside a model mapping, which sets both")
+        if self.streaming and (self.max_train_samples is not None or self.max_eval_samples is not None):
+            raise ValueError("--max_train_samples and --max_eval_samples: expected neither beside --streaming")
         scratch = [name for name in ("variant", "image_size", "model") if getattr(self, name) is not None]
         if self.model_name_or_path is not None and scratch:
             raise ValueError(f"--model_name_or_path: expected no --{scratch[0]} beside it, the checkpoint has its own")

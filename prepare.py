@@ -16,9 +16,13 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PretrainedConfi
 from transformers.utils import cached_file
 
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
+from vit_simple.batches import Images, Process, equal_sizes, fits, seed_for
 from vit_simple.configuration_vit_simple import OWN_FIELDS
-from vit_simple.data import ImageData, Images, equal_sizes, fits, seed_for
+from vit_simple.data import ImageData
+from vit_simple.labels import SINGLE, Labels
 from vit_simple.options import TrainConfig, unknown
+from vit_simple.pixels import Decoder
+from vit_simple.stream import Stream
 
 
 def precision_of(config: TrainConfig) -> str:
@@ -26,11 +30,19 @@ def precision_of(config: TrainConfig) -> str:
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises ValueError for a tracker that is not installed, a precision that is no option, and what FSDP cannot do."""
+    """The devices and the group of processes.
+
+    Raises:
+        ValueError: a tracker that is not installed, a precision that is no option, a launcher that makes no group, what
+            FSDP cannot do.
+    """
     if precision_of(config) not in ("no", "bf16"):
         raise ValueError(f"--mixed_precision: expected no or bf16, got {precision_of(config)} from accelerate launch")
     if config.report_to and importlib.util.find_spec(config.report_to) is None:
         raise ValueError(f"--report_to: expected {config.report_to} to be installed: pip install {config.report_to}")
+    alone = os.environ.get("ACCELERATE_USE_CPU") == "True" and "WORLD_SIZE" not in os.environ
+    if alone and "MASTER_ADDR" in os.environ:
+        raise ValueError("accelerate launch --cpu: expected one process, several of its do not meet; use torchrun")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said outright: torchrun on a CPU makes no group otherwise
         mixed_precision="no",  # train.py has its own autocast, around the training step alone
@@ -50,6 +62,14 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def check_labels(config: TrainConfig, labels: Labels):
+    """Raises ValueError for options that these labels have no use for."""
+    if labels.problem_type != SINGLE and config.label_smoothing_factor:
+        raise ValueError(f"--label_smoothing_factor: expected 0 for {labels.problem_type}, it is for single labels")
+    if labels.kind == "number" and config.class_weights:
+        raise ValueError("--class_weights: expected none for a regression, which has no classes")
+
+
 def check_batch_size(config: TrainConfig, images: int, processes: int):
     """Raises ValueError where the training images do not fill one step."""
     most = images // processes // config.gradient_accumulation_steps
@@ -60,11 +80,20 @@ def check_batch_size(config: TrainConfig, images: int, processes: int):
         )
 
 
-def build_model_config(config: TrainConfig, class_names: list[str]) -> ViTSimpleConfig:
-    """The network that the options ask for, with the classes of the data.
+def label_fields(labels: Labels) -> dict:
+    """The labels as a config has them: names in the order of the outputs, and what kind of problem it is."""
+    return {
+        "id2label": dict(enumerate(labels.class_names)),
+        "label2id": {name: index for index, name in enumerate(labels.class_names)},
+        "problem_type": None if labels.problem_type == SINGLE else labels.problem_type,
+    }
+
+
+def build_model_config(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSimpleConfig:
+    """The network that the options ask for, with the channels and the labels of the data.
 
     Raises:
-        ValueError: a field of the model mapping that ViTSimpleConfig lacks or refuses, or that is not for RGB.
+        ValueError: a field of the model mapping that ViTSimpleConfig lacks or refuses, or other channels.
     """
     fields = dict(config.model or {})
     for name, value in fields.items():
@@ -73,12 +102,10 @@ def build_model_config(config: TrainConfig, class_names: list[str]) -> ViTSimple
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 fields[name] = float(value)  # YAML reads 1e-5 as a string
-    if fields.get("num_channels", 3) != 3:
-        raise ValueError(
-            f"--model: expected num_channels 3, since every image becomes RGB, got {fields['num_channels']}"
-        )
-    fields["id2label"] = dict(enumerate(class_names))
-    fields["label2id"] = {name: index for index, name in enumerate(class_names)}
+    if fields.get("num_channels", channels) != channels:
+        reason = "since every image becomes RGB" if channels == 3 else "as the arrays have"
+        raise ValueError(f"--model: expected num_channels {channels}, {reason}, got {fields['num_channels']}")
+    fields |= {"num_channels": channels, **label_fields(labels)}
     if config.drop_path_rate is not None:
         fields["drop_path_rate"] = config.drop_path_rate
     if config.model is not None:
@@ -87,16 +114,17 @@ def build_model_config(config: TrainConfig, class_names: list[str]) -> ViTSimple
     return ViTSimpleConfig.from_variant(variant, image_size=config.image_size or 224, **fields)
 
 
-def build_network(config: TrainConfig, class_names: list[str]) -> ViTSimpleForImageClassification:
-    """The network with its first weights: drawn by seed, or those of the checkpoint, with a new head for new classes.
+def build_network(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSimpleForImageClassification:
+    """The network with its first weights: drawn by seed, or those of the checkpoint, with a new head for new labels.
 
     Raises:
-        ValueError: as `build_model_config`; the checkpoint cannot be read or is of another model type.
+        ValueError: as `build_model_config`; the checkpoint cannot be read or is of another model type, or, to be
+            evaluated, has other labels.
     """
     torch.manual_seed(seed_for(config.seed, "weights"))
     path = config.model_name_or_path
     if path is None:
-        network = ViTSimpleForImageClassification(build_model_config(config, class_names))
+        network = ViTSimpleForImageClassification(build_model_config(config, labels, channels))
     else:
         try:
             kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
@@ -108,15 +136,22 @@ def build_network(config: TrainConfig, class_names: list[str]) -> ViTSimpleForIm
             network = ViTSimpleForImageClassification.from_pretrained(path, dtype=torch.float32, **fields)
         except OSError as error:
             raise ValueError(f"--model_name_or_path: {path} cannot be read: {error}") from error
-        if list(network.config.id2label.values()) != class_names:
+        if network.config.num_channels != channels:
+            raise ValueError(
+                f"--model_name_or_path: expected a checkpoint for {channels} channels, "
+                f"got one for {network.config.num_channels}"
+            )
+        fields, class_names = label_fields(labels), list(network.config.id2label.values())
+        same_problem = (network.config.problem_type or SINGLE) == labels.problem_type
+        if class_names != labels.class_names or not same_problem:
             if config.eval_only:
                 raise ValueError(
-                    f"--eval_only: expected the classes of the checkpoint, {list(network.config.id2label.values())}, "
-                    f"got {class_names}"
+                    f"--eval_only: expected the labels of the checkpoint, {class_names} for "
+                    f"{network.config.problem_type or SINGLE}, got {labels.class_names} for "
+                    f"{labels.problem_type}"
                 )
-            network.config.id2label = dict(enumerate(class_names))
-            network.config.label2id = {name: index for index, name in enumerate(class_names)}
-            network.head = torch.nn.Linear(network.head.in_features, len(class_names))
+            network.config.update(fields)
+            network.head = torch.nn.Linear(network.head.in_features, len(labels.class_names))
             network._init_weights(network.head)
     if config.freeze_backbone:
         network.requires_grad_(False)
@@ -128,10 +163,16 @@ def build_network(config: TrainConfig, class_names: list[str]) -> ViTSimpleForIm
     return network
 
 
-def processor_content(config: TrainConfig, image_size: tuple[int, int], cropped: bool) -> dict:
+def processor_content(
+    config: TrainConfig, image_size: tuple[int, int], cropped: bool, array_shape: tuple[int, int, int] | None = None
+) -> dict:
     """preprocessor_config.json: the checkpoint's, or a stock one that makes RGB of the size, scaled to [-1, 1].
 
     Images come to their size as a whole or, where `crop_pct` is given or training crops, by the short side and a crop.
+    Arrays (C, H, W) have their size and are scaled alone.
+
+    Raises:
+        ValueError: the checkpoint has none; `crop_pct` beside images that are not square or beside arrays.
     """
     if config.model_name_or_path is not None:
         try:
@@ -140,6 +181,8 @@ def processor_content(config: TrainConfig, image_size: tuple[int, int], cropped:
             raise ValueError(f"--model_name_or_path: expected an image processor there: {error}") from error
         return json.loads(Path(file).read_text(encoding="utf-8"))
     height, width = image_size
+    if array_shape is not None and config.crop_pct is not None:
+        raise ValueError(f"--crop_pct: expected none for arrays, which are taken as they are, got {config.crop_pct}")
     if height != width and config.crop_pct is not None:
         raise ValueError(f"--crop_pct: expected a square image_size, got {image_size}")
     content = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
@@ -150,15 +193,18 @@ def processor_content(config: TrainConfig, image_size: tuple[int, int], cropped:
             "do_center_crop": True,
             "crop_size": {"height": height, "width": width},
         }
+    channels = 3 if array_shape is None else array_shape[0]
+    if array_shape is not None:
+        content = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
     return content | {
-        "do_convert_rgb": True,
-        "do_resize": True,
+        "do_convert_rgb": array_shape is None,
+        "do_resize": array_shape is None,
         "resample": 2,  # bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": [0.5] * channels,
+        "image_std": [0.5] * channels,
     }
 
 
@@ -169,37 +215,52 @@ def open_processor(content: dict) -> BaseImageProcessor:
         return AutoImageProcessor.from_pretrained(folder)
 
 
-def build_images(
+def build_rows(
     config: TrainConfig, data: ImageData, image_size: tuple[int, int], accelerator: Accelerator
-) -> tuple[dict[str, Images], dict]:
+) -> tuple[dict[str, Images | Stream], dict]:
     """The splits as pixels, decoded already where they are kept, and the content of preprocessor_config.json.
 
     Raises:
-        ValueError: the checkpoint's processor is missing or makes another size than its network takes.
+        ValueError: as `processor_content`; the checkpoint's processor makes, or the arrays have, another size than the
+            network takes.
         BadImage: an image that cannot be decoded, with `on_bad_image` "error".
     """
-    crop, rows = config.random_resized_crop, data.splits["train"]
+    crop, rows, shape = config.random_resized_crop, data.splits["train"], (data.channels, *image_size)
+    if data.array_shape is not None:
+        crop = crop or 0.0
+        if data.array_shape[1:] != image_size:
+            raise ValueError(f"--image_size: expected {data.array_shape[1:]}, the size of the arrays, got {image_size}")
     if crop is None and not config.eval_only:
-        crop = 0.0 if fits(len(rows), image_size) and equal_sizes(rows, data.image_column) else 0.08
-    content = processor_content(config, image_size, bool(crop))
+        kept = not config.streaming and fits(data.sizes["train"], shape)
+        crop = 0.0 if kept and equal_sizes(rows, data.image_column) else 0.08
+    content = processor_content(config, image_size, bool(crop), data.array_shape)
     processor = open_processor(content)
-    made = processor(PIL.Image.new("RGB", (300, 200)), return_tensors="pt").pixel_values.shape[2:]
-    if tuple(made) != image_size:
-        raise ValueError(f"--model_name_or_path: expected a processor that makes {image_size}, got {tuple(made)}")
-    images = {}
+    if data.array_shape is None:
+        made = processor(PIL.Image.new("RGB", (300, 200)), return_tensors="pt").pixel_values.shape[2:]
+        if tuple(made) != image_size:
+            raise ValueError(f"--model_name_or_path: expected a processor that makes {image_size}, got {tuple(made)}")
+    process = process_of(config, accelerator)
+    found = {}
     for split in data.splits:
         if split == "train" and config.eval_only:
             continue
         area = crop if split == "train" else 0.0
-        images[split] = Images(data, split, processor, image_size, area, config.on_bad_image, config.seed)
-        if config.cache_images == "auto" and area == 0 and fits(len(data.splits[split]), image_size):
-            images[split].keep(accelerator.device, workers_for(config, accelerator), not accelerator.is_main_process)
-    return images, content
+        decode = Decoder(processor, shape, data.array_shape is not None, area, config.seed)
+        given = (data, split, decode, process, config.on_bad_image, config.seed)
+        if config.streaming:
+            found[split] = Stream(*given, buffer_size=config.shuffle_buffer_size)
+        else:
+            found[split] = Images(*given)
+            if config.cache_images == "auto" and area == 0 and fits(data.sizes[split], shape):
+                found[split].keep(quiet=not accelerator.is_main_process)
+    return found, content
 
 
-def workers_for(config: TrainConfig, accelerator: Accelerator) -> int:
-    if config.dataloader_num_workers is not None:
-        return config.dataloader_num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 0 if accelerator.device.type == "cpu" else min(cores // local, 16)
+def process_of(config: TrainConfig, accelerator: Accelerator) -> Process:
+    """This process; on accelerators it has a decoding process for each core, on a CPU one to read a stream."""
+    workers = config.dataloader_num_workers
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = int(config.streaming) if accelerator.device.type == "cpu" else min(cores // local, 16)
+    return Process(accelerator.device, workers, accelerator.process_index, accelerator.num_processes)

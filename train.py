@@ -4,12 +4,14 @@ Without a recipe and without --dataset_name it runs recipes/digits.yaml, which s
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from vit_simple import ViTSimpleForImageClassification
 from vit_simple.augment import Augment
+from vit_simple.batches import Images, seed_for
 from vit_simple.card import plot_confusion, plot_curves
 from vit_simple.checkpoint import (
     complete_checkpoints,
@@ -32,19 +35,22 @@ from vit_simple.checkpoint import (
     write,
 )
 from vit_simple.configuration_vit_simple import pair
-from vit_simple.data import BadImage, Images, evaluation_keys, load_image_data, seed_for, training_keys
+from vit_simple.data import load_image_data
+from vit_simple.labels import MULTI, REGRESSION, Labels
+from vit_simple.metrics import SCORES, Evaluation, class_table, table
 from vit_simple.optimization import AveragedWeights, build_optimizers, schedule
 from vit_simple.options import TrainConfig, parse_config
+from vit_simple.pixels import BadImage
 from vit_simple.prepare import (
     build_accelerator,
-    build_images,
     build_network,
+    build_rows,
     check_batch_size,
+    check_labels,
     precision_of,
-    workers_for,
 )
+from vit_simple.stream import Stream
 
-LARGEST_CONFUSION = 1000  # classes
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -53,46 +59,28 @@ NEVER = torch.iinfo(torch.int64).max
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, images: Images, augment: Augment, accelerator: Accelerator, batch_size: int, workers: int
-) -> tuple[dict[str, float], torch.Tensor | None]:
-    """Mean `loss`, `top1` and `top5` in [0, 1], `correct` of `count` images; and how many images of each class were
-    taken for each class (K, K), up to LARGEST_CONFUSION classes.
-
-    Sums over all batches and processes, divided once; padded and skipped images, with the label IGNORED, have no part.
-    """
+    model: torch.nn.Module, rows: Images | Stream, augment: Augment, accelerator: Accelerator, batch_size: int
+) -> Evaluation:
+    """One pass over a split, in float32."""
     model.eval()
-    device, classes = accelerator.device, augment.num_classes
-    confused = classes <= LARGEST_CONFUSION
-    sums, loss = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros(1, device=device)
-    confusion = torch.zeros(classes**2 + 1 if confused else 0, dtype=torch.int64, device=device)  # the last: ignored
-    keys = evaluation_keys(len(images), batch_size, accelerator.process_index, accelerator.num_processes)
-    for pixels, labels in images.batches(keys, device, workers):
-        logits = model(augment.normalize(pixels)).logits.float()
-        best = logits.topk(min(5, classes)).indices  # (B, 5)
-        hits = best == labels[:, None]
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-        if confused:
-            cells = torch.where(labels >= 0, labels * classes + best[:, 0], classes**2)
-            confusion.scatter_add_(0, cells, torch.ones_like(cells))
+    labels = rows.data.labels
+    scores = SCORES[labels.problem_type](len(labels.class_names), accelerator.device)
+    for pixels, targets in rows.evaluation(batch_size):
+        scores.add(model(augment.normalize(pixels)).logits.float(), targets)
     model.train()
-    sums, loss, confusion = (accelerator.reduce(tensor, "sum") for tensor in (sums, loss, confusion))
-    correct, correct5, count = sums.tolist()
-    result = {"loss": loss.item() / count, "top1": correct / count, "top5": correct5 / count}
-    confusion = confusion[:-1].view(classes, classes).cpu() if confused else None
-    return {**result, "correct": correct, "count": count}, confusion
-
-
-def table(title: str, rows: dict[str, dict]) -> str:
-    """What a person sees of an evaluation: a line for each of the named results."""
-    lines = [f"{title:<18}    top-1    top-5     loss   right"]
-    for name, result in rows.items():
-        right = f"{result['correct']} of {result['count']}"
-        lines.append(f"  {name:<16} {result['top1']:8.2%} {result['top5']:8.2%} {result['loss']:8.4f}   {right}")
-    return "\n".join(lines)
+    return scores.result(accelerator)
 
 
 # The run
+
+
+def criterion(labels: Labels, weights: torch.Tensor | None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The mean loss of logits (B, K) and targets (B, K)."""
+    if labels.problem_type == MULTI:
+        return functools.partial(F.binary_cross_entropy_with_logits, pos_weight=weights)
+    if labels.problem_type == REGRESSION:
+        return F.mse_loss
+    return functools.partial(F.cross_entropy, weight=weights)
 
 
 class Meter:
@@ -170,20 +158,19 @@ def last_good(folder: Path) -> str:
     return "there is no checkpoint" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
 
 
-def all_bad_images(images: dict[str, Images]) -> dict[str, dict[int, str]]:
-    """What each split skipped in all processes: row -> reason."""
-    found = {}
-    for split, part in images.items():
-        rows = dict(item for share in gather_object([list(part.bad.items())]) for item in share)
-        found[split] = dict(sorted(rows.items()))
-    return found
+def all_bad_images(rows: dict[str, Images | Stream]) -> dict[str, dict[str, str]]:
+    """What each split skipped in all processes: which row -> why."""
+    return {
+        split: dict(item for share in gather_object([list(part.bad.items())]) for item in share)
+        for split, part in rows.items()
+    }
 
 
 def train(
     config: TrainConfig,
     accelerator: Accelerator,
     network: ViTSimpleForImageClassification,
-    images: dict[str, Images],
+    rows: dict[str, Images | Stream],
     augment: Augment,
     folder: Path,
     checkpoint: Path | None,
@@ -192,10 +179,11 @@ def train(
     rank, processes, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     step_size = batch_size * accumulation * processes
-    steps_per_epoch = len(images["train"]) // step_size
+    steps_per_epoch = rows["train"].size // step_size
     total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
     eval_steps = config.eval_steps or steps_per_epoch
-    workers = workers_for(config, accelerator)
+    labels = rows["train"].data.labels
+    loss_of = criterion(labels, labels.weights().to(accelerator.device) if config.class_weights else None)
     in_bf16 = precision_of(config) == "bf16"
 
     muon_rate = config.muon_learning_rate if config.optim == "muon" else None
@@ -211,7 +199,9 @@ def train(
         first_step = state["step"]
         meter.loss_sum.fill_(state["loss_sums"][rank])
         for split, bad in state["bad_images"].items():
-            images[split].bad.update((int(row), reason) for row, reason in bad.items())
+            rows[split].bad.update(bad)
+        if config.streaming and (change := rows["train"].go_on(state["places"][rank])):
+            accelerator.print(change)
         accelerator.print(f"going on from {checkpoint}")
     elif config.resume_from_checkpoint:
         accelerator.print(f"no complete checkpoint in {folder}: starting anew")
@@ -224,48 +214,51 @@ def train(
             with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         kind = f"{split}_ema" if values.pop("weights", "raw") == "ema" else split
-        accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=done)
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if not isinstance(value, dict)}
+        accelerator.log(numbers, step=done)
 
-    def measure(split: str) -> tuple[dict[str, float], torch.Tensor | None]:
+    def measure(split: str) -> Evaluation:
         with meter.pause():
-            return evaluate(model, images[split], augment, accelerator, config.per_device_eval_batch_size, workers)
+            return evaluate(model, rows[split], augment, accelerator, config.per_device_eval_batch_size)
 
-    def validate(done: int) -> dict[str, dict]:
+    def validate(done: int) -> dict[str, Evaluation]:
         """The results of the raw and of the averaged weights, logged and shown."""
-        results = {"raw": measure("validation")[0]}
+        results = {"raw": measure("validation")}
         if averaged:
             with averaged.in_place():
-                results["ema"] = measure("validation")[0]
+                results["ema"] = measure("validation")
         for weights, result in results.items():
-            log(done, "validation", weights=weights, **result)
+            log(done, "validation", weights=weights, **result.values)
         if main_process:
-            progress.write(table(f"step {done}", {f"validation {weights}": row for weights, row in results.items()}))
+            named = {f"validation {weights}": result for weights, result in results.items()}
+            progress.write(table(f"step {done}", named))
         return results
 
     def save(done: int):
         meter.check(folder)
-        state = {"loss_sums": accelerator.gather(meter.loss_sum).tolist(), "bad_images": all_bad_images(images)}
+        state = {"loss_sums": accelerator.gather(meter.loss_sum).tolist(), "bad_images": all_bad_images(rows)}
+        if config.streaming:
+            state["places"] = gather_object([rows["train"].state()])
         try:
             with meter.pause():
                 save_checkpoint(accelerator, folder, done, state, averaged, config.save_total_limit)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise stop(f"step {done} cannot be saved: {error}; {last_good(folder)}") from error
 
-    keys = training_keys(len(images["train"]), batch_size, accumulation, rank, processes, config.seed, first_step)
-    batches = images["train"].batches(keys, accelerator.device, workers)
+    batches = rows["train"].training(batch_size, accumulation, first_step)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", disable=not main_process)
     model.train()
     with signals_noted() as signals, progress:
         for step in range(first_step, total_steps):
             for batch in range(accumulation):
                 with meter.waiting():
-                    pixels, labels = next(batches)
+                    pixels, targets = next(batches)
                 torch.manual_seed(seed_for(config.seed, step, batch, rank))
-                x, targets = augment(pixels, labels)
+                x, targets = augment(pixels, targets)
                 with contextlib.nullcontext() if batch + 1 == accumulation else accelerator.no_sync(model):
                     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=in_bf16):
                         logits = model(x).logits
-                    loss = F.cross_entropy(logits.float(), targets) / accumulation
+                    loss = loss_of(logits.float(), targets) / accumulation
                     accelerator.backward(loss)
                 meter.add(loss.detach())
             meter.look(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf), step + 1)
@@ -289,7 +282,7 @@ def train(
                     f"loss {values['loss']:.3f}, lr {values['lr']:.1e}, {values['images_per_second']:.0f} images/s, "
                     f"waiting {values['data_wait']:.1%}"
                 )
-            if "validation" in images and (done % eval_steps == 0 or done == total_steps):
+            if "validation" in rows and (done % eval_steps == 0 or done == total_steps):
                 results = validate(done)
             stopping = agreed(accelerator, signals, done % config.logging_steps == 0)
             if done < total_steps and (stopping or done % config.save_steps == 0):
@@ -303,38 +296,39 @@ def train(
                     raise SystemExit(128 + max(signals, default=signal.SIGTERM))
 
     best = "ema" if averaged else "raw"
-    if averaged and "validation" in images and results["raw"]["top1"] > results["ema"]["top1"]:
+    if averaged and "validation" in rows and results["raw"].score > results["ema"].score:
         best = "raw"
     with averaged.in_place() if best == "ema" else contextlib.nullcontext():
         weights = accelerator.get_state_dict(model)
         if main_process:
             network.save_pretrained(folder, state_dict=dict(weights))
-        split = next((name for name in ("test", "validation") if name in images), None)
-        if split is not None:
-            result, confusion = measure(split)
-    if "test" in images:
-        log(total_steps, "test", weights=best, **result)
+        split = next((name for name in ("test", "validation") if name in rows), None)
+        result = measure(split) if split else None
+    if split == "test":
+        per_class = dict(zip(labels.class_names, result.per_class))
+        log(total_steps, "test", weights=best, **result.values, per_class=per_class)
         accelerator.print(table("end", {"test " + best: result}))
     else:
         accelerator.print("no labelled test split: nothing was tested")
     if main_process:
         plot_curves(folder)
-        if split is not None and confusion is not None:
-            title = f"{split}: {result['correct']} of {result['count']} right"
-            plot_confusion(confusion.numpy(), list(network.config.id2label.values()), title, folder / "confusion.png")
+        if split and result.per_class:
+            print(class_table(result, labels.class_names))
+        if split and result.confusion is not None:
+            title = f"{split}: {result.values['correct']} of {result.values['count']} right"
+            plot_confusion(result.confusion.numpy(), labels.class_names, title, folder / "confusion.png")
 
 
 def evaluate_only(
     config: TrainConfig,
     accelerator: Accelerator,
     network: ViTSimpleForImageClassification,
-    images: dict[str, Images],
+    rows: dict[str, Images | Stream],
     augment: Augment,
 ):
-    model, workers = accelerator.prepare(network), workers_for(config, accelerator)
-    results = {}
-    for split, part in images.items():
-        results[split], _ = evaluate(model, part, augment, accelerator, config.per_device_eval_batch_size, workers)
+    model, results = accelerator.prepare(network), {}
+    for split, part in rows.items():
+        results[split] = evaluate(model, part, augment, accelerator, config.per_device_eval_batch_size)
     accelerator.print(table("evaluation", results))
 
 
@@ -362,10 +356,15 @@ def main(arguments: list[str] | None = None):
                 max_train_samples=config.max_train_samples,
                 max_eval_samples=config.max_eval_samples,
                 seed=config.seed,
+                streaming=config.streaming,
+                count_classes=config.class_weights is not None,
             )
-        check_batch_size(config, len(data.splits["train"]), accelerator.num_processes)
-        network = build_network(config, data.class_names)
-        images, processor_content = build_images(config, data, pair(network.config.image_size), accelerator)
+        check_labels(config, data.labels)
+        check_batch_size(config, data.sizes["train"], accelerator.num_processes)
+        network = build_network(config, data.labels, data.channels)
+        rows, processor_content = build_rows(config, data, pair(network.config.image_size), accelerator)
+        processor = next(iter(rows.values())).decode.processor
+        augment = Augment(processor, len(data.labels.class_names), **config.group("augmentation"))
         folder = checkpoint = None
         if not config.eval_only:
             opened = open_folder(config, accelerator.num_processes) if accelerator.is_main_process else (None, None)
@@ -373,24 +372,26 @@ def main(arguments: list[str] | None = None):
     except ValueError as error:
         raise stop(str(error)) from error
 
-    sizes = ", ".join(f"{len(part)} {split}" for split, part in images.items())
-    accelerator.print(f"{config.dataset_name}: {sizes} images, {len(data.class_names)} classes")
+    sizes = ", ".join(f"{part.size} {split}" for split, part in rows.items())
+    classes = f"{len(data.labels.class_names)} {'outputs' if data.labels.kind == 'number' else 'classes'}"
+    accelerator.print(f"{config.dataset_name}: {sizes} images, {classes}")
+    if config.streaming and "validation" not in rows and config.train_val_split:
+        accelerator.print("there is no validation split, and a stream is not split: nothing is validated on the way")
     devices = f"{accelerator.num_processes} x {accelerator.device}"
     accelerator.print(f"ViTSimple: {network.num_parameters():,} parameters, {devices}")
-    processor = next(iter(images.values())).processor
-    augment = Augment(processor, len(data.class_names), **config.group("augmentation")).to(accelerator.device)
+    augment = augment.to(accelerator.device)
     try:
         if config.eval_only:
-            evaluate_only(config, accelerator, network, images, augment)
+            evaluate_only(config, accelerator, network, rows, augment)
         else:
             if accelerator.is_main_process:
                 write(folder / "preprocessor_config.json", json.dumps(processor_content, indent=2) + "\n")
-            train(config, accelerator, network, images, augment, folder, checkpoint)
+            train(config, accelerator, network, rows, augment, folder, checkpoint)
     except BadImage as error:
         raise stop(str(error)) from error
-    skipped = [reason for bad in all_bad_images(images).values() for reason in bad.values()]
+    skipped = [f"{row}: {why}" for bad in all_bad_images(rows).values() for row, why in bad.items()]
     if skipped:
-        accelerator.print("\n  ".join([f"skipped {len(skipped)} images that cannot be decoded:", *skipped]))
+        accelerator.print("\n  ".join([f"skipped {len(skipped)} images that cannot be used:", *skipped]))
     if not config.eval_only:
         accelerator.print(
             f"saved in {folder}; load it anywhere on this machine with\n"

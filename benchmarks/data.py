@@ -24,8 +24,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from vit_simple.augment import Augment
-from vit_simple.data import Images, load_image_data, training_keys
+from vit_simple.batches import Images, Process
+from vit_simple.data import load_image_data
 from vit_simple.options import TrainConfig
+from vit_simple.pixels import Decoder
 from vit_simple.prepare import open_processor, processor_content
 
 
@@ -55,12 +57,12 @@ def ours(name: str, size: int, batch_size: int, kept: bool, device_part: bool = 
     """Batches as train.py makes them: kept decoded, moved and flipped; or decoded, cropped and then flipped."""
     data = load_image_data(name, validation_fraction=0)
     processor = open_processor(processor_content(TrainConfig(), (size, size), cropped=not kept))
-    images = Images(data, "train", processor, (size, size), crop_min_area=0.0 if kept else 0.08)
+    decode = Decoder(processor, (3, size, size), crop_min_area=0.0 if kept else 0.08)
+    images = Images(data, "train", decode, Process(torch.device("cpu")))
     if kept:
-        images.keep(torch.device("cpu"), workers=0, quiet=True)
-    augment = Augment(processor, len(data.class_names), crop_padding=4 if kept else 0, horizontal_flip=0.5)
-    keys = training_keys(len(images), batch_size, 1, rank=0, world=1, seed=0, first_step=0)
-    for pixels, labels in images.batches(keys, torch.device("cpu"), workers=0):
+        images.keep(quiet=True)
+    augment = Augment(processor, len(data.labels.class_names), crop_padding=4 if kept else 0, horizontal_flip=0.5)
+    for pixels, labels in images.training(batch_size, accumulation=1, first_step=0):
         yield augment(pixels, labels) if device_part else (pixels, labels)
 
 

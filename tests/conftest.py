@@ -6,11 +6,26 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test reaches for the Hub
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from hypothesis import settings
 
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
+from vit_simple.batches import Images, Process
+from vit_simple.data import ImageData
+from vit_simple.labels import Labels
+from vit_simple.options import ROOT, TrainConfig
+from vit_simple.pixels import Decoder
+from vit_simple.prepare import open_processor, processor_content
 from vit_simple.train import main
+
+settings.register_profile("here", database=None, deadline=None)  # no folder is left, nothing is timed
+settings.load_profile("here")
+
+DIGITS = str(ROOT / "data/digits")
 
 TINY = {
     "hidden_size": 32,
@@ -48,6 +63,36 @@ def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "digits"
     main(["--output_dir", str(folder), "--num_train_epochs", "1"])
     return folder
+
+
+def photographs(folder, sizes=((90, 60), (60, 90), (120, 120), (300, 200))) -> list[str]:
+    """Files of smooth JPEG pictures, of which no two are alike."""
+    files = []
+    for number, (width, height) in enumerate(sizes):
+        y, x = np.mgrid[:height, :width] / max(width, height)
+        pixels = np.stack([x * 200, y * 200, np.full_like(x, 20 * number)], -1)
+        files.append(str(folder / f"{number}.jpg"))
+        PIL.Image.fromarray(pixels.astype(np.uint8)).save(files[-1], quality=95)
+    return files
+
+
+def processor(size: int, cropped: bool = False):
+    return open_processor(processor_content(TrainConfig(), (size, size), cropped))
+
+
+def labels_ab() -> Labels:
+    return Labels("label", "class", ["a", "b"], {0: 0, 1: 1})
+
+
+def data_of(files: list[str | None], labels: list[int]) -> ImageData:
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
+    rows = Dataset.from_dict({"image": files, "label": labels}, features)
+    return ImageData({"train": rows, "test": rows}, "image", labels_ab(), {"train": len(rows), "test": len(rows)})
+
+
+def images_of(data: ImageData, split: str, processor, size, area=0.0, on_bad_image="error", seed=0) -> Images:
+    decode = Decoder(processor, (data.channels, *size), data.array_shape is not None, area, seed)
+    return Images(data, split, decode, Process(torch.device("cpu")), on_bad_image, seed)
 
 
 def run_python(python: Path, work: Path, code: str, *arguments) -> str:

@@ -2,17 +2,22 @@ import pytest
 import torch
 
 from conftest import tiny
+from vit_simple.labels import Labels
 from vit_simple.options import TrainConfig, parse_config
 from vit_simple.prepare import build_model_config, build_network, open_processor, processor_content
 
 NAMES = ["a", "b", "c"]
 
 
+def classes(*names: str) -> Labels:
+    return Labels("label", "class", list(names), {number: number for number in range(len(names))})
+
+
 def test_a_variant_has_the_defaults_of_the_paper():
-    config = build_model_config(TrainConfig(), ["cat", "dog"])
+    config = build_model_config(TrainConfig(), classes("cat", "dog"))
     assert (config.hidden_size, config.patch_size, config.image_size, config.num_labels) == (384, 16, 224, 2)
     assert config.id2label == {0: "cat", 1: "dog"} and config.label2id == {"cat": 0, "dog": 1}
-    assert build_model_config(TrainConfig(drop_path_rate=0.3), NAMES).drop_path_rate == 0.3
+    assert build_model_config(TrainConfig(drop_path_rate=0.3), classes(*NAMES)).drop_path_rate == 0.3
 
 
 def test_numbers_and_words_that_yaml_misreads_are_understood(tmp_path):
@@ -20,7 +25,7 @@ def test_numbers_and_words_that_yaml_misreads_are_understood(tmp_path):
         "mixed_precision: no\ncache_images: off\nmodel: {layerscale_value: 1e-5, pooling: mean}\n"
     )
     config = parse_config([str(tmp_path / "recipe.yaml")])
-    network = build_model_config(config, ["a", "b"])
+    network = build_model_config(config, classes("a", "b"))
     assert (config.mixed_precision, config.cache_images) == ("no", "off")
     assert (network.layerscale_value, network.pooling) == (1e-5, "mean")
 
@@ -34,7 +39,7 @@ def checkpoint(tmp_path):
 
 def test_a_checkpoint_of_the_same_classes_goes_on_with_its_head(checkpoint):
     model, path = checkpoint
-    network = build_network(TrainConfig(model_name_or_path=path, drop_path_rate=0.2), NAMES)
+    network = build_network(TrainConfig(model_name_or_path=path, drop_path_rate=0.2), classes(*NAMES))
     for (name, one), other in zip(model.named_parameters(), network.parameters()):
         assert torch.equal(one, other), name
     assert network.config.drop_path_rate == 0.2 and network.dtype == torch.float32
@@ -43,7 +48,9 @@ def test_a_checkpoint_of_the_same_classes_goes_on_with_its_head(checkpoint):
 @pytest.mark.parametrize("names", [["x", "y", "z"], ["a", "b"]])
 def test_new_classes_get_a_new_head_drawn_by_seed(checkpoint, names):
     model, path = checkpoint
-    first, again, other = (build_network(TrainConfig(model_name_or_path=path, seed=seed), names) for seed in (0, 0, 1))
+    first, again, other = (
+        build_network(TrainConfig(model_name_or_path=path, seed=seed), classes(*names)) for seed in (0, 0, 1)
+    )
     assert first.head.weight.shape == (len(names), 32) and first.config.id2label == dict(enumerate(names))
     assert first.config.num_labels == len(names) and torch.equal(first.head.weight, again.head.weight)
     assert not torch.equal(first.head.weight, other.head.weight)
@@ -52,19 +59,19 @@ def test_new_classes_get_a_new_head_drawn_by_seed(checkpoint, names):
 
 def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
     _, path = checkpoint
-    with pytest.raises(ValueError, match=r"--eval_only: expected the classes of the checkpoint, \['a', 'b', 'c'\]"):
-        build_network(TrainConfig(model_name_or_path=path, eval_only=True), ["a", "b"])
+    with pytest.raises(ValueError, match=r"--eval_only: expected the labels of the checkpoint, \['a', 'b', 'c'\]"):
+        build_network(TrainConfig(model_name_or_path=path, eval_only=True), classes("a", "b"))
     with pytest.raises(ValueError, match=r"--model_name_or_path: .*nowhere cannot be read"):
-        build_network(TrainConfig(model_name_or_path=str(tmp_path / "nowhere")), NAMES)
+        build_network(TrainConfig(model_name_or_path=str(tmp_path / "nowhere")), classes(*NAMES))
     with pytest.raises(ValueError, match=r"expected an image processor there: .*preprocessor_config"):
         processor_content(TrainConfig(model_name_or_path=path), (16, 16), cropped=False)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="expected a checkpoint of vit_simple, got one of vit in "):
-        build_network(TrainConfig(model_name_or_path=str(tmp_path)), NAMES)
+        build_network(TrainConfig(model_name_or_path=str(tmp_path)), classes(*NAMES))
 
 
 def test_a_frozen_backbone_leaves_the_head_alone_to_learn(checkpoint):
-    network = build_network(TrainConfig(model_name_or_path=checkpoint[1], freeze_backbone=True), NAMES)
+    network = build_network(TrainConfig(model_name_or_path=checkpoint[1], freeze_backbone=True), classes(*NAMES))
     assert [name for name, p in network.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 

@@ -36,8 +36,14 @@ RUN = [
     *("--randaugment_num_ops", "1", "--random_erasing", "0.3", "--mixup_alpha", "0.5", "--cutmix_alpha", "1"),
     *("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "16"),
 ]
-CACHED, CROPPED = ["--random_resized_crop", "0"], ["--random_resized_crop", "0.5", "--cache_images", "off"]
-WAYS = [(CROPPED, 1), (CACHED, 0), (CROPPED, 3), (CACHED, 3), (CROPPED, 0)]  # with the number of workers
+OPTIONS = {
+    "cached": ["--random_resized_crop", "0"],
+    "cropped": ["--random_resized_crop", "0.5", "--cache_images", "off"],
+    "streamed": ["--random_resized_crop", "0.5", "--streaming", "--shuffle_buffer_size", "200"],
+}
+CACHED = OPTIONS["cached"]
+WORKERS = {"cached": 0, "cropped": 0, "streamed": 2}  # of the runs that are left alone; a stream must keep its number
+WAYS = [("cropped", 1), ("streamed", 2), ("cached", 0), ("streamed", 2), ("cropped", 3), ("cached", 3), ("cropped", 0)]
 TIMES = {"images_per_second", "data_wait"}
 
 
@@ -92,11 +98,15 @@ def assert_same(one, other, path=""):
         assert one == other, path
 
 
+def options_of(name: str, workers: int) -> list[str]:
+    return [*OPTIONS[name], "--dataloader_num_workers", str(workers)]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """What the two ways of reading data leave when nothing happens, how long it takes, and the folder."""
+    """What each way of reading data leaves when nothing happens, how long it takes, and the folder."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    processes = {name: start(folder / name, *options) for name, options in (("cached", CACHED), ("cropped", CROPPED))}
+    processes = {name: start(folder / name, *options_of(name, WORKERS[name])) for name in OPTIONS}
     began, references = {}, {}
     for name, process in processes.items():
         assert wait_for((folder / name).exists, process), (folder / f"{name}.log").read_text()
@@ -120,9 +130,9 @@ def kill(folder: Path, options: list[str], moment: float, saving: bool) -> bool:
 
 def test_runs_killed_at_random_moments_end_as_if_nothing_had_happened(uninterrupted, tmp_path, request):
     for number in range(request.config.getoption("--kills")):
-        options, workers = WAYS[number % len(WAYS)]
-        expected, seconds, _ = uninterrupted["cropped" if "off" in options else "cached"]
-        options = [*options, "--dataloader_num_workers", str(workers)]
+        name, workers = WAYS[number % len(WAYS)]
+        expected, seconds, _ = uninterrupted[name]
+        options = options_of(name, workers)
         saving = number % 2 == 1  # every other one dies while it writes a checkpoint
         for trial in range(20):
             folder, moment = tmp_path / f"run-{number}-{trial}", random.uniform(0, seconds)
@@ -134,17 +144,18 @@ def test_runs_killed_at_random_moments_end_as_if_nothing_had_happened(uninterrup
         finish(folder, *options, "--resume_from_checkpoint", "latest")
         assert_same(left(folder), expected)
         print(
-            f"killed after {moment:.2f} of {seconds:.2f} s, {workers} workers, leaving {' '.join(found)}: the same end"
+            f"{name}, {workers} workers, killed after {moment:.2f} of {seconds:.2f} s, "
+            f"leaving {' '.join(found)}: the same end"
         )
 
 
 # Stopping and going on by hand
 
 
-@pytest.mark.parametrize("number, name, workers", [(signal.SIGINT, "cached", 0), (signal.SIGTERM, "cropped", 1)])
+@pytest.mark.parametrize("number, name, workers", [(signal.SIGINT, "cached", 0), (signal.SIGTERM, "streamed", 2)])
 def test_a_signal_to_all_processes_saves_and_exits_with_a_word(uninterrupted, tmp_path, number, name, workers):
     folder = tmp_path / "run"
-    options = [*(CACHED if name == "cached" else CROPPED), "--dataloader_num_workers", str(workers)]
+    options = options_of(name, workers)
     process = start(folder, *options)
     assert wait_for((folder / "metrics.jsonl").exists, process)
     os.killpg(process.pid, number)

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -132,30 +133,47 @@ def test_how_a_step_is_computed_does_not_change_it(tmp_path, options):
     assert losses_of(tmp_path / "other", *common, *options) == pytest.approx(expected, abs=1e-5)
 
 
-def torchrun(processes: int, *options) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def launch(launcher: list[str], *options) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*launch, ROOT / "train.py", *map(str, options)], env=environment, **pipes)
+    command = [sys.executable, "-m", *launcher, ROOT / "train.py", *options]
+    return subprocess.Popen([*map(str, command)], env=environment, **pipes)
 
 
-def test_two_processes_do_what_one_does_with_the_same_batch(tmp_path):
-    losses, results = [], []
-    for processes, batch in ((1, 64), (2, 32)):
-        folder = tmp_path / str(processes)
-        options = [*UNCHANGED, "--num_train_epochs", "1", "--logging_steps", "1", "--output_dir", folder]
-        process = torchrun(processes, *options, "--per_device_train_batch_size", batch, "--ema_decay", "0.9")
-        printed, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert printed.count("saved in") == printed.count("step 20") == printed.count("test ema") == 1
-        losses.append([row["loss"] for row in rows_of(folder) if row["split"] == "train"])
-        results.append([(row["correct"], row["count"]) for row in rows_of(folder) if row["split"] != "train"])
+def torchrun(processes: int, *options) -> subprocess.Popen:
+    return launch(["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)], *options)
+
+
+def hosts(count: int, *options) -> list[subprocess.Popen]:
+    """As many hosts of one process each, all of them here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", count, "--num_processes", count]
+    common += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    return [launch([*common, "--machine_rank", rank], *options) for rank in range(count)]
+
+
+def test_two_hosts_do_what_one_process_does_with_the_same_batch(tmp_path):
+    options = [*UNCHANGED, "--num_train_epochs", "1", "--logging_steps", "1", "--ema_decay", "0.9"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    main([*options, "--per_device_train_batch_size", "64", "--output_dir", str(one)])
+    started = hosts(2, *options, "--per_device_train_batch_size", 32, "--output_dir", two)
+    ended = [(*process.communicate(timeout=300), process.returncode) for process in started]
+    for printed, errors, code in ended:
+        assert code == 0, errors
+        assert printed.count("saved in") == printed.count("test ema") == 1
+    assert "".join(printed for printed, _, _ in ended).count("step 20") == 1
+    losses = [[row["loss"] for row in rows_of(folder) if row["split"] == "train"] for folder in (one, two)]
+    rest = [[row for row in rows_of(folder) if row["split"] != "train"] for folder in (one, two)]
     assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert [count for _, count in results[0]] == [144, 144, 360] and results[1] == results[0]
+    assert [row["count"] for row in rest[0]] == [144, 144, 360]
+    assert [row["correct"] for row in rest[0]] == [row["correct"] for row in rest[1]]
 
 
-def test_a_run_of_two_processes_is_stopped_and_resumed_exactly(tmp_path):
-    options = ["--max_steps", "60", "--eval_steps", "30", "--logging_steps", "5", "--ema_decay", "0.9"]
+def test_a_stream_of_two_processes_is_stopped_and_resumed_exactly(tmp_path):
+    options = ["--max_steps", "60", "--logging_steps", "5", "--ema_decay", "0.9", "--save_steps", "25"]
+    options += ["--streaming", "--dataloader_num_workers", "1"]  # a share of the rows for each, 40 steps in a pass
     whole = torchrun(2, *options, "--output_dir", tmp_path / "whole")
     _, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
@@ -233,6 +251,14 @@ def test_training_in_bfloat16_is_evaluated_in_float32(tmp_path, monkeypatch, cap
             assert f"{row['loss']:.4f}   {row['correct']} of {row['count']}" in printed
 
 
+def test_a_launcher_that_starts_hosts_without_a_group_is_found_out(monkeypatch):
+    """`accelerate launch --cpu --num_machines 2` starts runs that know nothing of each other."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(SystemExit, match=r"accelerate launch --cpu: expected one process, .* use torchrun"):
+        main([])
+
+
 def test_a_precision_of_the_launcher_that_is_no_option_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(SystemExit, match="--mixed_precision: expected no or bf16, got fp8 from accelerate launch"):
@@ -299,7 +325,7 @@ def test_a_bad_image_stops_a_run_or_is_skipped_and_named(tmp_path, capsys):
     for split in ("train", "test"):
         file = f"{name}/{split}/dark/0.jpg"
         assert f"  row 0 of the split '{split}' ({file}): not an image that Pillow knows" in printed
-    assert "skipped 2 images that cannot be decoded:" in printed
+    assert "skipped 2 images that cannot be used:" in printed
     assert rows_of(tmp_path / "run")[-1]["count"] == 11
 
 
@@ -310,7 +336,7 @@ def test_a_bad_image_stops_a_run_or_is_skipped_and_named(tmp_path, capsys):
     "arguments, message",
     [
         (["--dataset_name", "no/such/folder"], "--dataset_name: 'no/such/folder' cannot be loaded"),
-        (["--image_column_name", "picture"], "--image_column_name: expected the Image column 'picture'"),
+        (["--image_column_name", "picture"], "--image_column_name: expected images in the column 'picture'"),
         (["--per_device_train_batch_size", "2000"], "expected at most 1293, a batch's share of the training images"),
         (["--output_dir", "file/run"], "--output_dir: file/run cannot be written: Not a directory"),
         (["--output_dir", "file"], "--output_dir: file cannot be written: File exists"),

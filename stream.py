@@ -1,0 +1,167 @@
+"""A data set that fits neither in memory nor on the disk: read from one end to the other, again and again.
+
+`B` batch, `C` channels, `H W` pixels, `K` classes. Every random choice is a function of (seed, epoch, reader), so that
+any step can be repeated by the same number of readers.
+"""
+
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from vit_simple.batches import Rows
+from vit_simple.pixels import BadImage
+
+READ_BATCH = 64  # rows read at a time
+IDLE_PASSES = 3  # a reader may get an empty shard in one of them
+
+
+class Stream(Rows):
+    """Rows that are read from one end to the other, by as many readers as there are decoding processes in all.
+
+    Each pass over the data draws an order of the shards by (seed, epoch), of which the readers take turns to get one;
+    where there are fewer shards than readers, each reads all of them and keeps its share of the rows. What a reader
+    has read goes through a buffer, which shuffles it by (seed, epoch, reader).
+
+    Args:
+        buffer_size: the undecoded rows in it.
+    """
+
+    def __init__(self, *rows, buffer_size: int = 1000, **options):
+        super().__init__(*rows, **options)
+        self.buffer_size = buffer_size
+        self.places = {}  # reader of this process -> (epoch, rows that it has taken of it)
+
+    @property
+    def readers(self) -> int:
+        """Of this process; without a decoding process it reads by itself."""
+        return max(self.process.workers, 1)
+
+    def undecoded(self, reader: int, shards: list[int]) -> Iterator[tuple]:
+        """The share of a reader of this process: (shard, row), image and label."""
+        reader, readers = self.process.rank * self.readers + reader, self.process.world * self.readers
+        first, stride = 0, 1
+        if len(shards) >= readers:
+            shards = shards[reader::readers]
+        else:
+            first, stride = reader, readers
+        for shard in shards:
+            start = 0
+            for columns in self.rows.shard(num_shards=self.rows.num_shards, index=shard).iter(READ_BATCH):
+                values, labels = columns[self.data.image_column], columns[self.data.labels.column]
+                for row in range((first - start) % stride, len(labels), stride):
+                    yield (shard, start + row), values[row], labels[row]
+                start += len(labels)
+
+    def read_pass(self, reader: int, epoch: int) -> Iterator[tuple]:
+        """What `undecoded` gives in one pass, shuffled."""
+        shards = list(range(self.rows.num_shards))
+        random.Random(repr((self.seed, "shards", epoch))).shuffle(shards)
+        draw = random.Random(repr((self.seed, "buffer", epoch, self.process.rank * self.readers + reader)))
+        return shuffled(self.undecoded(reader, shards), self.buffer_size, draw)
+
+    def training_batches(self, batch_size: int, turn: int, worker: int) -> Iterator[tuple]:
+        """Batches without end, the reader that made each and where it is then; a bad image is passed over."""
+        reader = (worker + turn) % self.readers
+        first_epoch, done = self.places.get(reader, (0, 0))
+        images, targets, bad, idle = [], [], {}, 0
+        for epoch in itertools.count(first_epoch):
+            idle += 1
+            rows = enumerate(self.read_pass(reader, epoch), 1)
+            for taken, ((shard, row), value, label) in itertools.islice(rows, done, None):
+                image, target = self.read_row((shard, row), f"row {row} of shard {shard}", epoch, value, label, bad)
+                if image is not None or self.on_bad_image == "error":
+                    images.append(image)
+                    targets.append(target)
+                    idle = 0
+                if len(images) == batch_size or (bad and self.on_bad_image == "error"):
+                    yield *self.batch(images, targets, bad), reader, (epoch, taken)
+                    images, targets, bad = [], [], {}
+            done = 0
+            if idle == IDLE_PASSES:
+                raise BadImage(f"expected images for each decoding process, got none in {idle} passes for one of them")
+
+    def training(self, batch_size: int, accumulation: int, first_step: int) -> Iterator:
+        """On the device: uint8 pixels (B, C, H, W) and targets, from a step on, without end."""
+        read = functools.partial(self.training_batches, batch_size, first_step * accumulation)
+        for pixels, targets, bad, reader, place in self.read(read):
+            self.note(bad)
+            self.places[reader] = place
+            yield self.to_device(pixels, targets)
+
+    def evaluation_batches(self, batch_size: int, worker: int) -> Iterator[tuple]:
+        """Full batches of one pass; padding and bad images do not count."""
+        rows = self.undecoded(worker, list(range(self.rows.num_shards)))
+        while part := list(itertools.islice(rows, batch_size)):
+            images, targets, bad = [None] * batch_size, [None] * batch_size, {}
+            for slot, ((shard, row), value, label) in enumerate(part):
+                name = f"row {row} of shard {shard}"
+                images[slot], targets[slot] = self.read_row((shard, row), name, 0, value, label, bad)
+            yield self.batch(images, targets, bad)
+
+    def evaluation(self, batch_size: int) -> Iterator:
+        """As `training`, but one pass; as many batches in every process."""
+        batches = self.read(functools.partial(self.evaluation_batches, batch_size))
+        while self.process.any((batch := next(batches, None)) is not None):
+            if batch is None:
+                batch = self.batch([None] * batch_size, [None] * batch_size, {})
+            pixels, targets, bad = batch
+            self.note(bad)
+            yield self.to_device(pixels, targets)
+
+    def read(self, read: Callable[[int], Iterator]) -> Iterator:
+        """What the readers make, in turn. Raises BadImage where one of them came to an untimely end."""
+        for batch in self.load(dataset=Reader(read), batch_size=None):
+            if isinstance(batch, str):
+                raise BadImage(f"--dataset_name: the split {self.split!r} cannot be read on: {batch}")
+            yield batch
+
+    def state(self) -> dict[str, list[int]]:
+        """Where the readers of this process are, for `go_on`."""
+        return {str(reader): list(self.places.get(reader, (0, 0))) for reader in range(self.readers)}
+
+    def go_on(self, state: dict[str, list[int]]) -> str | None:
+        """Puts the readers where they were. Another number of readers begins a pass that none of them has begun.
+
+        Returns:
+            What there is to say about that, if anything.
+        """
+        self.places = {int(reader): tuple(place) for reader, place in state.items()}
+        if len(state) == self.readers:
+            return None
+        epoch = 1 + max(epoch for epoch, _ in self.places.values())
+        self.places = {reader: (epoch, 0) for reader in range(self.readers)}
+        return (
+            f"the stream had {len(state)} decoding processes and now has {self.readers}: "
+            f"it goes on with pass {epoch + 1} over the data, not where it was"
+        )
+
+
+class Reader(IterableDataset):
+    """One of the decoding processes of a stream; an error leaves it as a string."""
+
+    def __init__(self, read: Callable[[int], Iterator]):
+        self.read = read
+
+    def __iter__(self) -> Iterator:
+        worker = get_worker_info()
+        try:
+            yield from self.read(0 if worker is None else worker.id)
+        except Exception as error:  # the Hub, the file system and every format have errors of their own
+            yield str(error) if isinstance(error, BadImage) else f"{type(error).__name__}: {error}"
+
+
+def shuffled(rows: Iterable, size: int, draw: random.Random) -> Iterator:
+    """The same rows, each of them exchanged with one of the last `size`."""
+    buffer = []
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+        else:
+            slot = draw.randrange(size)
+            yield buffer[slot]
+            buffer[slot] = row
+    draw.shuffle(buffer)
+    yield from buffer

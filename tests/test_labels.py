@@ -1,0 +1,132 @@
+import math
+
+import pytest
+import torch
+from datasets import Array2D, Array3D, ClassLabel, Features, Image, List, Value
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vit_simple.labels import MULTI, REGRESSION, SINGLE, BadLabel, find_label_column, labels_of, tally
+
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
+
+
+def learned(feature, values) -> tuple:
+    """The labels of a column and what was found in it."""
+    found = tally(values)
+    labels = labels_of("label", feature, found)
+    labels.check("train", found)
+    labels.count(found)
+    return labels, found
+
+
+@given(st.one_of(st.lists(INTEGERS, min_size=2), st.lists(st.text(), min_size=2), st.lists(st.booleans(), min_size=2)))
+def test_values_become_classes_whose_names_lead_back(values):
+    feature = Value({int: "int64", str: "string", bool: "bool"}[type(values[0])])
+    if len(set(values)) == 1:
+        with pytest.raises(ValueError, match="--label_column_name: expected at least two classes in 'label', got"):
+            learned(feature, values)
+        return
+    labels, _ = learned(feature, values)
+    targets = [labels.target(value) for value in values]
+    assert sorted(set(targets)) == list(range(len(set(values)))) and labels.problem_type == SINGLE
+    assert [labels.class_names[target] for target in targets] == [str(value) for value in values]
+    assert labels.counts == [targets.count(number) for number in range(len(labels.class_names))]
+    assert [value for value, _ in sorted(labels.classes.items(), key=lambda item: item[1])] == sorted(set(values))
+
+
+@given(st.integers(2, 9).flatmap(lambda size: st.tuples(st.just(size), st.lists(st.lists(st.integers(0, size - 1))))))
+def test_lists_of_classes_and_vectors_of_zeros_and_ones_mean_the_same(drawn):
+    size, lists = drawn
+    lists = [[0], [1], *lists]
+    vectors = [[int(number in row) for number in range(size)] for row in lists]
+    names = [f"class {number}" for number in range(size)]
+    one, _ = learned(List(ClassLabel(names=names)), lists)
+    other, _ = learned(List(Value("int8"), length=size), vectors)
+    unknown, _ = learned(List(Value("float32")), [[float(bit) for bit in row] for row in vectors])
+    for row, vector in zip(lists, vectors):
+        assert one.target(row) == other.target(vector) == unknown.target(vector) == vector
+    assert one.problem_type == other.problem_type == unknown.problem_type == MULTI
+    assert one.counts == other.counts == [sum(column) for column in zip(*vectors)]
+    assert one.class_names == names and other.class_names == unknown.class_names == [str(i) for i in range(size)]
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1))
+def test_numbers_stay_numbers(values):
+    labels, _ = learned(Value("float64"), values)
+    assert [labels.target(value) for value in values] == [[value] for value in values]
+    assert (labels.problem_type, labels.class_names, labels.rows) == (REGRESSION, ["label"], len(values))
+
+
+@pytest.mark.parametrize(
+    "feature, values, message",
+    [
+        (
+            Value("string"),
+            ["a", "b", None, None],
+            r"of 'train' \(a, b\), got None in row 2 .* \(2 such rows\)",
+        ),
+        (Value("int64"), [*range(20), None], r"\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.\), got None in row 20"),
+        (Value("float32"), [1.0, math.nan], "expected finite numbers, got nan in row 1"),
+        (Value("float32"), [math.inf, None], r"expected finite numbers, got inf in row 0 .* \(2 such rows\)"),
+        (ClassLabel(names=["a", "b"]), [0, 1, 2], r"expected labels from 0 to 1, got 2 in row 2"),
+        (List(ClassLabel(names=["a", "b"])), [[0], [], [0, 2]], r"lists of labels from 0 to 1, got \[0, 2\] in row 2"),
+        (List(ClassLabel(names=["a", "b"])), [[0], [1], None], r"got None in row 2"),
+        (List(ClassLabel(names=["a", "b"])), [[0], [1, None]], r"got \[1, None\] in row 1"),
+        (
+            List(Value("int64")),
+            [[0, 1], [1, 2]],
+            r"each 0 or 1 \(lists of classes need .*got \[1, 2\]",
+        ),
+        (List(Value("int64")), [[0, 1, 1], [1, 0]], r"lists of 3 numbers, each 0 or 1 .*, got \[1, 0\] in row 1"),
+        (List(Value("float32")), [[0, 1], [0.5, 0]], r"got \[0.5, 0\] in row 1"),
+        (List(Value("int64")), [[], []], r"expected at least two classes in 'label', got \[\]"),
+        (List(Value("int64")), [[0, 1], [0, 1]], r"expected several classes in the split 'train', got \(0, 1\) only"),
+    ],
+)
+def test_labels_of_no_use_are_named_with_their_row(feature, values, message):
+    with pytest.raises(ValueError, match=message):
+        learned(feature, values)
+
+
+def test_a_label_that_training_lacks_is_refused_elsewhere():
+    labels, _ = learned(Value("string"), ["cat", "dog"])
+    with pytest.raises(BadLabel, match=r"expected the labels of 'train' \(cat, dog\), got cow"):
+        labels.target("cow")
+
+
+def test_a_label_column_is_found_where_only_one_can_be_meant():
+    image, text, number = Image(), Value("string"), Value("float32")
+    names = ClassLabel(names=["a", "b"])
+    for features, found in (
+        ({"image": image, "label": names, "caption": text}, "label"),
+        ({"image": image, "labels": List(names), "width": Value("int64")}, "labels"),
+        ({"image": image, "price": number}, "price"),
+        ({"jpg": image, "cls": Value("int64"), "__key__": text, "__url__": text}, "cls"),
+        ({"image": Array3D((4, 8, 8), "uint8"), "mask": Array2D((8, 8), "uint8"), "kind": text}, "kind"),
+    ):
+        assert find_label_column(Features(features), None) == found
+        assert find_label_column(Features(features), found) == found
+    features = Features({"image": image, "kind": text, "price": number})
+    assert find_label_column(features, "price") == "price"
+    columns = r"got the columns image \(Image\), kind \(string\), price \(float32\)"
+    with pytest.raises(ValueError, match=f"--label_column_name: expected one column of labels, {columns}"):
+        find_label_column(features, None)
+    for name in ("image", "name"):
+        with pytest.raises(ValueError, match=f"expected labels in the column '{name}', {columns}"):
+            find_label_column(features, name)
+
+
+def test_balanced_weights_make_classes_count_alike():
+    single, _ = learned(ClassLabel(names=["a", "b", "c"]), [0] * 6 + [1] * 2)
+    assert single.weights().tolist() == pytest.approx([8 / 12, 8 / 4, 0])
+    assert sum(weight * count for weight, count in zip(single.weights(), single.counts)) == pytest.approx(8)
+    multi, _ = learned(List(Value("int64")), [[1, 1, 0]] * 2 + [[0, 1, 0]] * 6)
+    assert multi.weights().tolist() == pytest.approx([3, 0, 1])
+
+
+def test_what_does_not_count_is_no_label():
+    for feature, values in ((ClassLabel(names=["a", "b"]), [0, 1]), (List(Value("int64")), [[0, 1], [1, 0]])):
+        labels, _ = learned(feature, values)
+        blank = labels.blank(3)
+        assert len(blank) == 3 and not torch.isin(blank, torch.tensor([0.0, 1.0])).any()

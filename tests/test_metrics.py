@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vit_simple.labels import IGNORED, MULTI, REGRESSION, SINGLE
+from vit_simple.metrics import SCORES, Evaluation, average_precision, class_table, table
+
+
+def scored(problem: str, classes: int, *batches) -> Evaluation:
+    scores = SCORES[problem](classes, torch.device("cpu"))
+    for logits, labels in batches:
+        scores.add(torch.tensor(logits), torch.tensor(labels))
+    return scores.result(Accelerator(cpu=True))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30))
+def test_average_precision_is_its_definition(rows):
+    scores, positive = (np.array(column) for column in zip(*rows))
+    if not positive.any():
+        assert average_precision(scores, positive) is None
+        return
+    expected, before = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        taken = scores >= threshold
+        recall = positive[taken].sum() / positive.sum()
+        expected += (recall - before) * positive[taken].mean()
+        before = recall
+    assert average_precision(scores, positive) == pytest.approx(expected)
+
+
+def test_single_labels_are_counted_by_class_without_padding():
+    logits = [[3.0, 1, 0], [0, 2, 1], [0, 2, 1], [9, 9, 9]]
+    result = scored(SINGLE, 3, (logits, [0, 1, 2, IGNORED]), ([[0.0, 1, 2]], [0]))
+    expected = F.cross_entropy(torch.tensor([*logits[:3], [0, 1, 2]]), torch.tensor([0, 1, 2, 0])).item()
+    assert result.values == {"loss": pytest.approx(expected), "top1": 0.5, "top5": 1.0, "correct": 2, "count": 4}
+    assert result.per_class == [0.5, 1.0, 0.0] and result.score == 0.5
+    assert result.confusion.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+
+
+def test_a_class_without_images_has_no_accuracy_and_many_classes_no_confusion():
+    result = scored(SINGLE, 1001, (torch.eye(1001)[:2].tolist(), [0, 5]))
+    assert result.confusion is None and result.per_class[:6] == [1.0, None, None, None, None, 0.0]
+
+
+def test_several_labels_are_ranked_within_each_class():
+    logits, labels = [[2.0, -1, 0], [1, 1, 0], [9, 9, 9]], [[1.0, 0, 0], [0, 1, 0], [np.nan] * 3]
+    result = scored(MULTI, 3, (logits, labels), ([[0.0, -2, 0]], [[1.0, 1, 0]]))
+    assert result.per_class == [pytest.approx((1 + 2 / 3) / 2), pytest.approx((1 + 2 / 3) / 2), None]
+    assert result.values["map"] == result.score == pytest.approx(5 / 6) and result.values["count"] == 3
+    kept = torch.tensor([*logits[:2], [0, -2, 0]]), torch.tensor([*labels[:2], [1, 1, 0]])
+    assert result.values["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(*kept).item())
+
+
+def test_numbers_have_an_error_and_the_lower_is_the_better():
+    result = scored(REGRESSION, 1, ([[1.0], [5.0], [0.0]], [[0.0], [8.0], [np.nan]]), ([[1.0]], [[1.0]]))
+    assert result.values == {"loss": pytest.approx(10 / 3), "mae": pytest.approx(4 / 3), "count": 3}
+    assert scored(REGRESSION, 1, ([[0.5]], [[0.0]])).score > result.score
+
+
+def test_a_table_says_what_was_measured():
+    single = scored(SINGLE, 2, ([[1.0, 0], [1, 0]], [0, 1]))
+    assert table("end", {"test raw": single}).splitlines() == [
+        "end                   top-1    top-5     loss   images",
+        "  test raw           50.00%  100.00%   0.8133   1 of 2 right",
+    ]
+    assert class_table(single, ["cat", "dog"]).splitlines() == [
+        "right of each class",
+        "  cat               100.00%",
+        "  dog                 0.00%",
+    ]
+    number = scored(REGRESSION, 1, ([[1.0]], [[3.5]]))
+    assert [line.split() for line in table("end", {"test raw": number}).splitlines()] == [
+        ["end", "error", "loss", "images"],
+        ["test", "raw", "2.5", "6.2500", "1"],
+    ]
+    many = class_table(Evaluation({"map": 0.5}, [number / 50 for number in range(50)]), [f"c{i}" for i in range(50)])
+    assert many.splitlines()[0] == "average precision of each class, the lowest 10 of 50"
+    assert [line.split()[0] for line in many.splitlines()[1:]] == [f"c{number}" for number in range(10)]
