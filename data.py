@@ -175,7 +175,7 @@ def load_image_data(
 
     if streaming:
         sizes = {split: (rows.info.splits or {}).get(names[split]) for split, rows in used.items()}
-        sizes = {split: info and info.num_examples for split, info in sizes.items()}
+        sizes = {split: (info and info.num_examples) or None for split, info in sizes.items()}
         found = {}
         if count_classes or None in sizes.values() or kind_of(features[label_column]) not in ("class", "classes"):
             columns = load_splits(name, config_name, revision, streaming, label_column)

@@ -15,6 +15,7 @@ from vit_simple.batches import Rows
 from vit_simple.pixels import BadImage
 
 READ_BATCH = 64  # rows read at a time
+MOST_SHARDS, ROWS_PER_SHARD = 1024, 4096  # more shards than the first only if they have as many rows as the second
 IDLE_PASSES = 3  # a reader may get an empty shard in one of them
 
 
@@ -32,6 +33,7 @@ class Stream(Rows):
     def __init__(self, *rows, buffer_size: int = 1000, **options):
         super().__init__(*rows, **options)
         self.buffer_size = buffer_size
+        self.parts = {}  # shard -> its rows
         self.places = {}  # reader of this process -> (epoch, rows that it has taken of it)
 
     @property
@@ -39,17 +41,26 @@ class Stream(Rows):
         """Of this process; without a decoding process it reads by itself."""
         return max(self.process.workers, 1)
 
+    @property
+    def shards(self) -> list[int]:
+        """The units that are dealt out: the files or, where these are many and small, sets of files."""
+        readers = self.process.world * self.readers
+        most = max(MOST_SHARDS, readers, self.size // ROWS_PER_SHARD)
+        return list(range(min(self.rows.num_shards, most)))
+
     def undecoded(self, reader: int, shards: list[int]) -> Iterator[tuple]:
-        """The share of a reader of this process: (shard, row), image and label."""
+        """The share of a reader of this process in the shards: (shard, row), image and label."""
         reader, readers = self.process.rank * self.readers + reader, self.process.world * self.readers
-        first, stride = 0, 1
-        if len(shards) >= readers:
+        count, first, stride = len(shards), 0, 1
+        if count >= readers:
             shards = shards[reader::readers]
         else:
             first, stride = reader, readers
         for shard in shards:
+            if shard not in self.parts:  # among very many files each takes seconds to be found
+                self.parts[shard] = self.rows.shard(num_shards=count, index=shard, contiguous=False)
             start = 0
-            for columns in self.rows.shard(num_shards=self.rows.num_shards, index=shard).iter(READ_BATCH):
+            for columns in self.parts[shard].iter(READ_BATCH):
                 values, labels = columns[self.data.image_column], columns[self.data.labels.column]
                 for row in range((first - start) % stride, len(labels), stride):
                     yield (shard, start + row), values[row], labels[row]
@@ -57,7 +68,7 @@ class Stream(Rows):
 
     def read_pass(self, reader: int, epoch: int) -> Iterator[tuple]:
         """What `undecoded` gives in one pass, shuffled."""
-        shards = list(range(self.rows.num_shards))
+        shards = self.shards
         random.Random(repr((self.seed, "shards", epoch))).shuffle(shards)
         draw = random.Random(repr((self.seed, "buffer", epoch, self.process.rank * self.readers + reader)))
         return shuffled(self.undecoded(reader, shards), self.buffer_size, draw)
@@ -93,7 +104,7 @@ class Stream(Rows):
 
     def evaluation_batches(self, batch_size: int, worker: int) -> Iterator[tuple]:
         """Full batches of one pass; padding and bad images do not count."""
-        rows = self.undecoded(worker, list(range(self.rows.num_shards)))
+        rows = self.undecoded(worker, self.shards)
         while part := list(itertools.islice(rows, batch_size)):
             images, targets, bad = [None] * batch_size, [None] * batch_size, {}
             for slot, ((shard, row), value, label) in enumerate(part):

@@ -25,9 +25,9 @@ from pathlib import Path
 import datasets
 import torch
 from datasets import Image, load_dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.data import processor_name, rates
+from benchmarks.scale import flops_per_image
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.batches import Images, Process, Rows
 from vit_simple.data import load_image_data
@@ -74,7 +74,7 @@ def undecoded(folder: Path):
     """The bytes of batches of rows, again and again, in the order of the shards."""
     stream = reading(folder, streaming=True)
     while True:
-        rows = stream.undecoded(0, list(range(stream.rows.num_shards)))
+        rows = stream.undecoded(0, stream.shards)
         for _ in range(FEW // BATCH):
             yield sum(len(value["bytes"]) for _, value, _ in itertools.islice(rows, BATCH))
 
@@ -103,12 +103,9 @@ def in_a_process(function, *arguments):
 
 
 def step(batch: int = 8):
-    """Steps of S/16, without end, after the operations of one image."""
+    """Steps of S/16, without end."""
     network = ViTSimpleForImageClassification(ViTSimpleConfig.from_variant("S/16", image_size=SIZE, num_labels=1000))
     images, labels = torch.randn(batch, 3, SIZE, SIZE), torch.zeros(batch, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        network(images, labels=labels).loss.backward()
-    yield counter.get_total_flops() / batch
     while True:
         network(images, labels=labels).loss.backward()
         yield batch
@@ -137,9 +134,7 @@ def main():
         found = rates(sides, BATCH, dict.fromkeys(sides, 4), arguments.rounds)
         raw = {"undecoded, parquet": undecoded(few), "undecoded, tar": undecoded(tar)}
         found |= rates(raw, BATCH, dict.fromkeys(raw, 20), arguments.rounds)
-        steps = step()
-        flops = next(steps)
-        found |= rates({"step of S/16": steps}, 8, {"step of S/16": 2}, max(3, arguments.rounds // 3))
+        found |= rates({"step of S/16": step()}, 8, {"step of S/16": 2}, max(3, arguments.rounds // 3))
 
     medians = {side: statistics.median(speeds) for side, speeds in found.items()}
     print(f"{bytes_per_image:,.0f} bytes an image")
@@ -150,7 +145,7 @@ def main():
         peak, before = (row[name] / 2**20 for name in ("peak", "before"))
         print(f"  one pass over {count:,} rows: at most {peak:,.0f} MiB ({before:,.0f} before)")
     print(f"  {memory[MANY]['peak'] / memory[FEW]['peak']:.3f} times the memory for {MANY // FEW} times the rows")
-    print(f"  a step takes {flops / 1e9:.1f} GFLOP an image, {flops * medians['step of S/16'] / 1e9:.0f} GFLOP/s here")
+    print(f"  a step reaches {flops_per_image('S/16') * medians['step of S/16'] / 1e9:.0f} GFLOP/s here")
     if arguments.output:
         report = {
             "machine": {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()},
@@ -158,7 +153,6 @@ def main():
             "bytes_per_image": bytes_per_image,
             "images_per_second": found,
             "peak_memory": memory,
-            "flops_per_image": flops,
         }
         arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

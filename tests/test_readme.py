@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 
+from benchmarks.scale import table
 from conftest import run_python
 from vit_simple.options import ROOT, parse_config
 
@@ -29,6 +30,10 @@ shutil.copytree({str(ROOT / "data")!r}, "data")
 """
     printed = run_python(sys.executable, tmp_path / "work", "\n".join([setup, *blocks("python")]))
     assert (tmp_path / "work/outputs/parity/modeling_vit_simple.py").exists(), printed
+
+
+def test_the_costs_at_scale_are_those_that_the_benchmark_computes():
+    assert table(989e12, 0.4, 8) in (ROOT / "docs/scale.md").read_text(encoding="utf-8")
 
 
 def test_every_training_command_has_options_that_exist():

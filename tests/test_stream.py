@@ -66,8 +66,18 @@ def test_readers_share_each_pass_whatever_their_number_and_the_sizes_of_the_shar
     for rank in range(world):
         stream = stream_of(shards, workers, rank, world)
         for reader in range(workers):
-            shared += [value[0, 0, 0] for _, value, _ in stream.undecoded(reader, list(range(len(shards))))]
+            shared += [np.asarray(value).flat[0] for _, value, _ in stream.undecoded(reader, stream.shards)]
     assert sorted(shared) == list(range(sum(sizes)))
+
+
+def test_many_small_files_are_dealt_out_in_sets_that_reach_over_all_of_them(monkeypatch):
+    monkeypatch.setattr("vit_simple.stream.MOST_SHARDS", 4)
+    stream = stream_of([[row] for row in range(30)])  # as in a folder of pictures, class by class
+    assert stream.shards == [0, 1, 2, 3]
+    rows = [np.asarray(value).flat[0] for _, value, _ in stream.undecoded(0, stream.shards)]
+    assert sorted(rows) == list(range(30)) and rows[:8] == list(range(0, 30, 4))
+    many = stream_of([[row] for row in range(30)], workers=6)
+    assert len(many.shards) == 6
 
 
 def test_each_pass_has_every_row_once_in_an_order_of_its_own():
