@@ -80,14 +80,14 @@ def processor(size: int, cropped: bool = False):
     return open_processor(processor_content(TrainConfig(), (size, size), cropped))
 
 
-def labels_ab() -> Labels:
-    return Labels("label", "class", ["a", "b"], {0: 0, 1: 1})
+def classes(*names: str) -> Labels:
+    return Labels("label", "class", list(names), {number: number for number in range(len(names))})
 
 
 def data_of(files: list[str | None], labels: list[int]) -> ImageData:
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
     rows = Dataset.from_dict({"image": files, "label": labels}, features)
-    return ImageData({"train": rows, "test": rows}, "image", labels_ab(), {"train": len(rows), "test": len(rows)})
+    return ImageData({"train": rows, "test": rows}, "image", classes("a", "b"), {"train": len(rows), "test": len(rows)})
 
 
 def images_of(data: ImageData, split: str, processor, size, area=0.0, on_bad_image="error", seed=0) -> Images:

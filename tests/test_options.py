@@ -1,5 +1,6 @@
 import pytest
 
+from conftest import classes
 from vit_simple.augment import Augment
 from vit_simple.options import ROOT, TrainConfig, parse_config
 from vit_simple.prepare import build_model_config, open_processor, processor_content
@@ -39,5 +40,5 @@ def test_a_recipe_has_options_that_exist_and_a_network_that_can_be_built(recipe)
     processor = open_processor(processor_content(TrainConfig(), (32, 32), cropped=False))
     Augment(processor, 10, **config.group("augmentation"))
     if config.model_name_or_path is None:
-        network = build_model_config(config, [str(number) for number in range(1000)])
+        network = build_model_config(config, classes(*map(str, range(1000))))
         assert network.num_labels == 1000

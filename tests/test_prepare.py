@@ -1,16 +1,11 @@
 import pytest
 import torch
 
-from conftest import tiny
-from vit_simple.labels import Labels
+from conftest import classes, tiny
 from vit_simple.options import TrainConfig, parse_config
 from vit_simple.prepare import build_model_config, build_network, open_processor, processor_content
 
 NAMES = ["a", "b", "c"]
-
-
-def classes(*names: str) -> Labels:
-    return Labels("label", "class", list(names), {number: number for number in range(len(names))})
 
 
 def test_a_variant_has_the_defaults_of_the_paper():

@@ -9,7 +9,7 @@ from datasets import Array3D, ClassLabel, Features, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import labels_ab, processor
+from conftest import classes, processor
 from vit_simple.batches import Process
 from vit_simple.data import ImageData
 from vit_simple.labels import IGNORED
@@ -29,7 +29,7 @@ def stream_of(shards: list[list[int]], workers=0, rank=0, world=1, buffer_size=4
             yield {"image": np.full((1, 2, 2), number, dtype=np.uint8), "label": label}
 
     stream = IterableDataset.from_generator(rows, FEATURES, gen_kwargs={"shards": shards})
-    data = ImageData({split: stream}, "image", labels_ab(), {split: sum(map(len, shards))}, (1, 2, 2))
+    data = ImageData({split: stream}, "image", classes("a", "b"), {split: sum(map(len, shards))}, (1, 2, 2))
     decode = Decoder(SQUASHED, (1, 2, 2), arrays=True)
     process = Process(torch.device("cpu"), workers, rank, world)
     return Stream(data, split, decode, process, buffer_size=buffer_size, **options)
