@@ -53,7 +53,8 @@ def values_of(table: pa.Table, column: str) -> list:
     """The values of a column: arrays as arrays, all else as Python's own."""
     chunk = table.column(column).combine_chunks()
     if isinstance(chunk.type, pa.ExtensionType):
-        return list(chunk.to_numpy(zero_copy_only=False))
+        arrays = chunk.to_numpy(zero_copy_only=False)
+        return [array if there else None for array, there in zip(arrays, chunk.is_valid().to_pylist())]
     return chunk.to_pylist()
 
 

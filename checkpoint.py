@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from vit_simple.optimization import AveragedWeights
 from vit_simple.options import TrainConfig
 
-# What may change when a run goes on: nothing of it changes a weight.
+# What may change when a run goes on: nothing of it changes a weight, but for the decoding processes of a stream.
 FREE = {
     "output_dir",
     "resume_from_checkpoint",
@@ -110,7 +110,7 @@ def open_folder(config: TrainConfig, processes: int) -> tuple[Path, Path | None]
 
 def refuse_another_recipe(folder: Path, recipe: dict, checkpoint: Path | None, processes: int):
     """Raises ValueError with the fields in which the recipe differs from that of the run in the folder."""
-    before = yaml.safe_load((folder / "train_config.yaml").read_text(encoding="utf-8"))
+    before = asdict(TrainConfig()) | yaml.safe_load((folder / "train_config.yaml").read_text(encoding="utf-8"))
     if checkpoint is not None:
         before["number of processes"] = json.loads((checkpoint / "state.json").read_text("utf-8"))["processes"]
         recipe = recipe | {"number of processes": processes}

@@ -1,6 +1,7 @@
 """From a name to a data set whose columns and labels are known, on the Hub or on disk, as a whole or as a stream."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from vit_simple.labels import SINGLE, Labels, column_names, find_label_column, kind_of, labels_of, tally
 
+FEW = 1_000  # rows that tell whether a stream's labels are secret
 LABEL_BATCH = 10_000  # labels read at a time from a stream
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # what reads a file
 
@@ -67,7 +69,8 @@ def find_image_column(features: Features, name: str | None) -> str:
     if name in images + arrays:
         return name
     wanted = "one Image column" if name is None else f"images in the column {name!r}"
-    raise ValueError(f"--image_column_name: expected {wanted}, got the columns {column_names(features)}")
+    hint = "" if images or arrays else "; a folder of pictures with a metadata.csv (file_name, label) has images"
+    raise ValueError(f"--image_column_name: expected {wanted}, got the columns {column_names(features)}{hint}")
 
 
 def array_shape(feature: Array2D | Array3D) -> tuple[int, int, int]:
@@ -140,6 +143,7 @@ def load_image_data(
     seed: int = 0,
     streaming: bool = False,
     count_classes: bool = False,
+    once: Callable = lambda read: read(),
 ) -> ImageData:
     """Loads a data set and checks all its labels once, those of a stream if it reads them; see `stream_labels`.
 
@@ -152,6 +156,7 @@ def load_image_data(
             not for a stream.
         streaming: rows are read when they are needed, from files or from the Hub.
         count_classes: the labels of a stream are read even where its classes and its size are known.
+        once: calls what reads them; it may do so in one process for all.
 
     Raises:
         ValueError: no such data set, column or "train" split, an empty split, fewer than two classes, or a label
@@ -173,24 +178,27 @@ def load_image_data(
     else:
         shape = array_shape(features[image_column])
 
+    kind, found = kind_of(features[label_column]), {}
     if streaming:
-        sizes = {split: (rows.info.splits or {}).get(names[split]) for split, rows in used.items()}
-        sizes = {split: (info and info.num_examples) or None for split, info in sizes.items()}
-        found = {}
-        if count_classes or None in sizes.values() or kind_of(features[label_column]) not in ("class", "classes"):
-            columns = load_splits(name, config_name, revision, streaming, label_column)
-            found = {split: tally(stream_labels(columns[names[split]], split)) for split in used}
+        infos = {split: (rows.info.splits or {}).get(names[split]) for split, rows in used.items()}
+        sizes = {split: (info and info.num_examples) or None for split, info in infos.items()}
+        columns = load_splits(name, config_name, revision, streaming, label_column)
+        if count_classes or None in sizes.values() or kind not in ("class", "classes"):
+            found = once(lambda: {split: tally(stream_labels(columns[names[split]], split), kind) for split in used})
     else:
         values = {split: rows[label_column][:] for split, rows in used.items()}
-        found = {split: tally(part) for split, part in values.items()}
+        found = {split: tally(part, kind) for split, part in values.items()}
     labels = labels_of(label_column, features[label_column], found.get("train"))
-    if "test" in found and labels.secret(found["test"]):
-        del used["test"], found["test"]
+    if "test" in used:
+        part = found.get("test") or tally(itertools.islice(stream_labels(columns[names["test"]], "test"), FEW), kind)
+        if labels.secret(part):
+            del used["test"]
+            found.pop("test", None)
     for split, part in found.items():
         labels.check(split, part)
     if streaming:
         if found:
-            sizes = {split: sum(count for count, _ in part.values()) for split, part in found.items()}
+            sizes = {split: part.rows for split, part in found.items()}
             labels.count(found["train"])
         return ImageData(used, image_column, labels, sizes, shape)
 
@@ -199,18 +207,19 @@ def load_image_data(
         try:
             parts = split_rows(targets, labels, validation_fraction, seed)
         except ValueError as error:
-            raise ValueError(f"--train_val_split: {validation_fraction} does not suit {name!r}: {error}") from error
+            reason = f"{error}; integers and words are classes, floats are numbers" if kind == "value" else error
+            raise ValueError(f"--train_val_split: {validation_fraction} does not suit {name!r}: {reason}") from error
         used["train"], used["validation"] = (train.select(parts[part]["row"]) for part in ("train", "test"))
     for split, rows in used.items():
         most = max_train_samples if split == "train" else max_eval_samples
         if most is not None and most < len(rows):
             used[split] = rows.select(np.random.default_rng(seed).permutation(len(rows))[:most])
-    labels.count(tally(used["train"][label_column][:]))
+    labels.count(tally(used["train"][label_column][:], kind))
     return ImageData(used, image_column, labels, {split: len(rows) for split, rows in used.items()}, shape)
 
 
 def stream_labels(column: IterableDataset, split: str) -> Iterator:
-    """One pass over the labels of a stream; it needs none if its card's dataset_info has rows and classes."""
+    """One pass over the labels of a stream; ClassLabel needs none if the card's dataset_info has the number of rows."""
     progress = tqdm(desc=f"reading the labels of {split}", unit="row", leave=False)
     for columns in column.iter(LABEL_BATCH):
         (values,) = columns.values()

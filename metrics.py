@@ -11,11 +11,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from vit_simple.labels import MULTI, REGRESSION, SINGLE
+from vit_simple.labels import MULTI, REGRESSION, SINGLE, Labels
+from vit_simple.pixels import BadImage
 
 LARGEST_CONFUSION = 1000  # classes
 MANY_CLASSES = 30  # of more than these, a table has the lowest ten
-COLUMNS = {"top1": ("top-1", "9.2%"), "top5": ("top-5", "9.2%"), "map": ("mAP", "9.2%"), "mae": ("error", "9.4g")}
+COLUMNS = {
+    "top1": ("top-1", "9.2%"),
+    "top5": ("top-5", "9.2%"),
+    "map": ("mAP", "9.2%"),
+    "mae": ("error", "9.4g"),
+    "r2": ("R2", "9.4f"),
+}
 
 
 @dataclass
@@ -24,7 +31,8 @@ class Evaluation:
 
     Args:
         values: `loss`, `count` images and, for single labels, `top1`, `top5` in [0, 1] and `correct`; for several
-            labels, `map`, the mean average precision in [0, 1]; for a number, `mae`, the mean absolute error.
+            labels, `map`, the mean average precision in [0, 1]; for a number, `mae`, the mean absolute error, and `r2`,
+            the part of the variance that is explained.
         per_class: the accuracy, or the average precision, of each class; None without an image of it.
         confusion: how many images of each class were taken for each class (K, K), for single labels of up to
             LARGEST_CONFUSION classes.
@@ -44,7 +52,8 @@ class Evaluation:
 class SingleScores:
     """Of logits (B, K) and classes (B,)."""
 
-    def __init__(self, classes: int, device: torch.device):
+    def __init__(self, labels: Labels, device: torch.device):
+        classes = len(labels.class_names)
         self.classes, self.confused = classes, classes <= LARGEST_CONFUSION
         self.loss = torch.zeros(1, device=device)
         self.right, self.right5, self.seen = torch.zeros(3, classes + 1, dtype=torch.int64, device=device)
@@ -66,6 +75,7 @@ class SingleScores:
         sums = (self.loss, self.right[:-1], self.right5[:-1], self.seen[:-1], self.confusion[:-1])
         loss, right, right5, seen, confusion = (accelerator.reduce(tensor, "sum").cpu() for tensor in sums)
         correct, count = right.sum().item(), seen.sum().item()
+        require_some(count)
         values = {"loss": loss.item() / count, "top1": correct / count, "top5": right5.sum().item() / count}
         per_class = [hit / all if all else None for hit, all in zip(right.tolist(), seen.tolist())]
         confusion = confusion.view(self.classes, self.classes) if self.confused else None
@@ -75,7 +85,7 @@ class SingleScores:
 class MultiScores:
     """Of logits (B, K) and zeros and ones (B, K), all of which are kept: (N, K) floats, twice."""
 
-    def __init__(self, classes: int, device: torch.device):
+    def __init__(self, labels: Labels, device: torch.device):
         self.logits, self.targets = [], []
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor):
@@ -86,6 +96,7 @@ class MultiScores:
         logits, targets = (accelerator.gather(torch.cat(parts)).cpu() for parts in (self.logits, self.targets))
         counts = ~targets[:, 0].isnan()
         logits, targets = logits[counts], targets[counts]
+        require_some(len(targets))
         loss = F.binary_cross_entropy_with_logits(logits, targets).item()
         per_class = [average_precision(*pair) for pair in zip(logits.T.numpy(), targets.T.numpy() > 0)]
         known = [value for value in per_class if value is not None]
@@ -94,23 +105,33 @@ class MultiScores:
 
 
 class RegressionScores:
-    """Of values (B, 1) and values (B, 1)."""
+    """Of values (B, 1) and values (B, 1), both in standard deviations from the mean."""
 
-    def __init__(self, classes: int, device: torch.device):
-        self.sums = torch.zeros(3, device=device)
+    def __init__(self, labels: Labels, device: torch.device):
+        self.deviation = labels.deviation
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(5, dtype=exact, device=device)
 
     def add(self, values: torch.Tensor, targets: torch.Tensor):
-        errors = values - targets
-        counts = ~errors.isnan()
-        errors = torch.where(counts, errors, 0)
-        self.sums += torch.stack([errors.square().sum(), errors.abs().sum(), counts.sum()])
+        counts = ~targets.isnan()
+        targets, errors = torch.where(counts, targets, 0), torch.where(counts, values - targets, 0)
+        parts = (errors.square(), errors.abs(), targets, targets.square(), counts)
+        self.sums += torch.stack([part.to(self.sums.dtype).sum() for part in parts])
 
     def result(self, accelerator: Accelerator) -> Evaluation:
-        squares, absolutes, count = accelerator.reduce(self.sums, "sum").tolist()
-        return Evaluation({"loss": squares / count, "mae": absolutes / count, "count": int(count)})
+        squares, absolutes, total, total_squares, count = accelerator.reduce(self.sums, "sum").tolist()
+        require_some(count)
+        variance = total_squares - total**2 / count
+        values = {"loss": squares / count, "mae": absolutes / count * self.deviation}
+        return Evaluation({**values, "r2": 1 - squares / variance if variance > 0 else 0.0, "count": int(count)})
 
 
 SCORES = {SINGLE: SingleScores, MULTI: MultiScores, REGRESSION: RegressionScores}
+
+
+def require_some(count: float):
+    if not count:
+        raise BadImage("--on_bad_image: expected an image to be left in every split, got one of bad images alone")
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float | None:
@@ -140,10 +161,10 @@ def table(title: str, rows: dict[str, Evaluation]) -> str:
     return "\n".join(lines)
 
 
-def class_table(evaluation: Evaluation, class_names: list[str]) -> str:
+def class_table(split: str, evaluation: Evaluation, class_names: list[str]) -> str:
     """A line for each class, or for the ten lowest of many."""
     rows = [(name, value) for name, value in zip(class_names, evaluation.per_class) if value is not None]
-    title = "average precision of each class" if "map" in evaluation.values else "right of each class"
+    title = f"{split}, {'average precision' if 'map' in evaluation.values else 'right'} of each class"
     if len(rows) > MANY_CLASSES:
         title += f", the lowest 10 of {len(rows)}"
         rows = sorted(rows, key=lambda row: row[1])[:10]

@@ -67,7 +67,7 @@ def load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     them. Pipelines do the same but for the last two: they drop transparency and clip 16 bits at 255.
 
     Raises:
-        BadImage: pixels of 32 bits, whose range is not known.
+        BadImage: pixels of 32 bits whose range is not surely that of 16 bits.
     """
     PIL.ImageOps.exif_transpose(image, in_place=True)
     image.load()
@@ -75,8 +75,9 @@ def load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":
         pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() >= 2**16:
-            raise BadImage(f"expected at most 16 bits a pixel, got values from {pixels.min()} to {pixels.max()}")
+        least, most = pixels.min(), pixels.max()
+        if least < 0 or most >= 2**16 or (image.mode == "I" and 0 < most < 2**8):
+            raise BadImage(f"expected pixels of 8 or 16 bits, got 32 bits with values from {least} to {most}")
         image = PIL.Image.fromarray((pixels >> 8).astype(np.uint8))
     if image.mode == "F":
         raise BadImage("expected integer pixels, got floating-point ones, whose range is not known")
@@ -122,7 +123,8 @@ def random_resized_crop(
         return cut_out(value.transpose(1, 2, 0), random_crop(*value.shape[:0:-1], min_area, generator), size)
     image = open_image(value)
     orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
-    width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+    turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # whose size Pillow turns itself
+    width, height = image.size[::-1] if turned else image.size
     left, upper, right, lower = random_crop(width, height, min_area, generator)
     needed = max(size[1] / (right - left), size[0] / (lower - upper))
     pixels = None
@@ -166,7 +168,8 @@ class Decoder:
         """Raises BadImage, which says why it cannot be used."""
         with reasons():
             if self.arrays:
-                value = np.asarray(value, dtype=np.uint8)
+                if value is None:
+                    raise BadImage("there is none")
                 value = value.reshape(-1, *value.shape[-2:])  # (H, W) -> (1, H, W)
             if self.crop_min_area:
                 generator = random.Random(repr((self.seed, "crop", epoch, row)))

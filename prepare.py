@@ -5,13 +5,14 @@ import importlib.util
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import PIL.Image
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 from transformers import AutoImageProcessor, BaseImageProcessor, PretrainedConfig
 from transformers.utils import cached_file
 
@@ -19,7 +20,7 @@ from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.batches import Images, Process, equal_sizes, fits, seed_for
 from vit_simple.configuration_vit_simple import OWN_FIELDS
 from vit_simple.data import ImageData
-from vit_simple.labels import SINGLE, Labels
+from vit_simple.labels import REGRESSION, SINGLE, Labels
 from vit_simple.options import TrainConfig, unknown
 from vit_simple.pixels import Decoder
 from vit_simple.stream import Stream
@@ -153,6 +154,10 @@ def build_network(config: TrainConfig, labels: Labels, channels: int = 3) -> ViT
             network.config.update(fields)
             network.head = torch.nn.Linear(network.head.in_features, len(labels.class_names))
             network._init_weights(network.head)
+        elif labels.problem_type == REGRESSION:
+            with torch.no_grad():  # the inverse of in_own_units
+                network.head.bias.sub_(labels.mean).div_(labels.deviation)
+                network.head.weight.div_(labels.deviation)
     if config.freeze_backbone:
         network.requires_grad_(False)
         network.head.requires_grad_(True)
@@ -161,6 +166,14 @@ def build_network(config: TrainConfig, labels: Labels, channels: int = 3) -> ViT
     if config.torch_compile:
         network.compile()
     return network
+
+
+def in_own_units(weights: dict[str, torch.Tensor], labels: Labels) -> dict[str, torch.Tensor]:
+    """A state dict whose head gives numbers in the place of standard deviations from the mean, its form in training."""
+    if labels.problem_type != REGRESSION:
+        return weights
+    weight, bias = weights["head.weight"] * labels.deviation, weights["head.bias"] * labels.deviation + labels.mean
+    return {**weights, "head.weight": weight, "head.bias": bias}
 
 
 def processor_content(
@@ -254,6 +267,11 @@ def build_rows(
             if config.cache_images == "auto" and area == 0 and fits(data.sizes[split], shape):
                 found[split].keep(quiet=not accelerator.is_main_process)
     return found, content
+
+
+def once(accelerator: Accelerator, make: Callable):
+    """What the main process makes, in every process."""
+    return broadcast_object_list([make() if accelerator.is_main_process else None])[0]
 
 
 def process_of(config: TrainConfig, accelerator: Accelerator) -> Process:

@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vit_simple.batches import Rows
@@ -23,8 +24,8 @@ class Stream(Rows):
     """Rows that are read from one end to the other, by as many readers as there are decoding processes in all.
 
     Each pass over the data draws an order of the shards by (seed, epoch), of which the readers take turns to get one;
-    where there are fewer shards than readers, each reads all of them and keeps its share of the rows. What a reader
-    has read goes through a buffer, which shuffles it by (seed, epoch, reader).
+    of those that do not go round, each reads all and keeps its share of the rows. What a reader has read goes through a
+    buffer, which shuffles it by (seed, epoch, reader).
 
     Args:
         buffer_size: the undecoded rows in it.
@@ -51,19 +52,21 @@ class Stream(Rows):
     def undecoded(self, reader: int, shards: list[int]) -> Iterator[tuple]:
         """The share of a reader of this process in the shards: (shard, row), image and label."""
         reader, readers = self.process.rank * self.readers + reader, self.process.world * self.readers
-        count, first, stride = len(shards), 0, 1
-        if count >= readers:
-            shards = shards[reader::readers]
-        else:
-            first, stride = reader, readers
-        for shard in shards:
+        dealt = len(shards) - len(shards) % readers
+        for place, shard in enumerate(shards):
+            if place < dealt and place % readers != reader:
+                continue
+            first, stride = (0, 1) if place < dealt else (reader, readers)
             if shard not in self.parts:  # among very many files each takes seconds to be found
-                self.parts[shard] = self.rows.shard(num_shards=count, index=shard, contiguous=False)
+                self.parts[shard] = self.rows.shard(num_shards=len(shards), index=shard, contiguous=False)
             start = 0
             for columns in self.parts[shard].iter(READ_BATCH):
                 values, labels = columns[self.data.image_column], columns[self.data.labels.column]
                 for row in range((first - start) % stride, len(labels), stride):
-                    yield (shard, start + row), values[row], labels[row]
+                    value = values[row]
+                    if isinstance(value, list):  # an array, which takes ten times as much memory in this form
+                        value = np.asarray(value, dtype=np.uint8)
+                    yield (shard, start + row), value, labels[row]
                 start += len(labels)
 
     def read_pass(self, reader: int, epoch: int) -> Iterator[tuple]:

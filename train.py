@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -47,6 +47,8 @@ from vit_simple.prepare import (
     build_rows,
     check_batch_size,
     check_labels,
+    in_own_units,
+    once,
     precision_of,
 )
 from vit_simple.stream import Stream
@@ -64,7 +66,7 @@ def evaluate(
     """One pass over a split, in float32."""
     model.eval()
     labels = rows.data.labels
-    scores = SCORES[labels.problem_type](len(labels.class_names), accelerator.device)
+    scores = SCORES[labels.problem_type](labels, accelerator.device)
     for pixels, targets in rows.evaluation(batch_size):
         scores.add(model(augment.normalize(pixels)).logits.float(), targets)
     model.train()
@@ -223,6 +225,7 @@ def train(
 
     def validate(done: int) -> dict[str, Evaluation]:
         """The results of the raw and of the averaged weights, logged and shown."""
+        meter.check(folder)
         results = {"raw": measure("validation")}
         if averaged:
             with averaged.in_place():
@@ -301,7 +304,7 @@ def train(
     with averaged.in_place() if best == "ema" else contextlib.nullcontext():
         weights = accelerator.get_state_dict(model)
         if main_process:
-            network.save_pretrained(folder, state_dict=dict(weights))
+            network.save_pretrained(folder, state_dict=dict(in_own_units(weights, labels)))
         split = next((name for name in ("test", "validation") if name in rows), None)
         result = measure(split) if split else None
     if split == "test":
@@ -313,7 +316,7 @@ def train(
     if main_process:
         plot_curves(folder)
         if split and result.per_class:
-            print(class_table(result, labels.class_names))
+            print(class_table(split, result, labels.class_names))
         if split and result.confusion is not None:
             title = f"{split}: {result.values['correct']} of {result.values['count']} right"
             plot_confusion(result.confusion.numpy(), labels.class_names, title, folder / "confusion.png")
@@ -330,6 +333,9 @@ def evaluate_only(
     for split, part in rows.items():
         results[split] = evaluate(model, part, augment, accelerator, config.per_device_eval_batch_size)
     accelerator.print(table("evaluation", results))
+    for split, result in results.items():
+        if result.per_class:
+            accelerator.print(class_table(split, result, network.config.id2label.values()))
 
 
 def agreed(accelerator: Accelerator, signals: list[int], in_step: bool) -> bool:
@@ -345,7 +351,8 @@ def main(arguments: list[str] | None = None):
     try:
         config = parse_config(sys.argv[1:] if arguments is None else arguments, __doc__)
         accelerator = build_accelerator(config)
-        with accelerator.local_main_process_first():  # the others read what the first has prepared
+        first = contextlib.nullcontext() if config.streaming else accelerator.local_main_process_first()
+        with first:  # the others read what it has prepared
             data = load_image_data(
                 config.dataset_name,
                 config_name=config.dataset_config_name,
@@ -358,6 +365,7 @@ def main(arguments: list[str] | None = None):
                 seed=config.seed,
                 streaming=config.streaming,
                 count_classes=config.class_weights is not None,
+                once=functools.partial(once, accelerator),
             )
         check_labels(config, data.labels)
         check_batch_size(config, data.sizes["train"], accelerator.num_processes)
@@ -367,15 +375,14 @@ def main(arguments: list[str] | None = None):
         augment = Augment(processor, len(data.labels.class_names), **config.group("augmentation"))
         folder = checkpoint = None
         if not config.eval_only:
-            opened = open_folder(config, accelerator.num_processes) if accelerator.is_main_process else (None, None)
-            folder, checkpoint = broadcast_object_list(list(opened))
+            folder, checkpoint = once(accelerator, lambda: open_folder(config, accelerator.num_processes))
     except ValueError as error:
         raise stop(str(error)) from error
 
     sizes = ", ".join(f"{part.size} {split}" for split, part in rows.items())
     classes = f"{len(data.labels.class_names)} {'outputs' if data.labels.kind == 'number' else 'classes'}"
     accelerator.print(f"{config.dataset_name}: {sizes} images, {classes}")
-    if config.streaming and "validation" not in rows and config.train_val_split:
+    if config.streaming and "validation" not in rows and not config.eval_only:
         accelerator.print("there is no validation split, and a stream is not split: nothing is validated on the way")
     devices = f"{accelerator.num_processes} x {accelerator.device}"
     accelerator.print(f"ViTSimple: {network.num_parameters():,} parameters, {devices}")

@@ -63,15 +63,15 @@ def test_random_crops_are_a_function_of_seed_epoch_and_row(tmp_path):
         assert (different != first).flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_a_crop_shows_the_place_that_it_was_cut_from(tmp_path, monkeypatch, orientation):
+@pytest.mark.parametrize("kind, orientation", [("JPEG", 1), ("JPEG", 6), ("PNG", 6), ("TIFF", 6), ("WEBP", 6)])
+def test_a_crop_shows_the_place_that_it_was_cut_from(tmp_path, monkeypatch, kind, orientation):
     """Red and green are the place in the picture: its corners must be those of the box, on JPEG drafts, too."""
     (file,) = photographs(tmp_path, sizes=[(1200, 900)])
-    if orientation == 6:  # stored on its side
-        upright = PIL.Image.open(file)
-        exif = upright.getexif()
-        exif[0x0112] = 6
-        upright.transpose(PIL.Image.Transpose.ROTATE_90).save(file, exif=exif, quality=95)
+    upright = PIL.Image.open(file)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright.transpose(PIL.Image.Transpose.ROTATE_90) if orientation == 6 else upright.copy()  # on its side
+    stored.save(file, kind, exif=exif, **({} if kind == "TIFF" else {"quality": 95}))
     monkeypatch.setattr("vit_simple.pixels.random_crop", lambda *_: (100.0, 300.0, 1100.0, 850.0))
     pixels, _ = read(images_of(data_of([file], [0]), "train", processor(32), (32, 32), 0.5))
     x, y = (channel.float() / 200 * 1200 for channel in pixels[0, :2])

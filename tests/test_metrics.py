@@ -6,12 +6,14 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vit_simple.labels import IGNORED, MULTI, REGRESSION, SINGLE
+from vit_simple.labels import IGNORED, MULTI, REGRESSION, SINGLE, Labels
 from vit_simple.metrics import SCORES, Evaluation, average_precision, class_table, table
+from vit_simple.pixels import BadImage
 
 
 def scored(problem: str, classes: int, *batches) -> Evaluation:
-    scores = SCORES[problem](classes, torch.device("cpu"))
+    labels = Labels("label", "", [str(number) for number in range(classes)], deviation=2.0)
+    scores = SCORES[problem](labels, torch.device("cpu"))
     for logits, labels in batches:
         scores.add(torch.tensor(logits), torch.tensor(labels))
     return scores.result(Accelerator(cpu=True))
@@ -55,10 +57,23 @@ def test_several_labels_are_ranked_within_each_class():
     assert result.values["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(*kept).item())
 
 
-def test_numbers_have_an_error_and_the_lower_is_the_better():
+def test_numbers_have_an_error_in_their_own_units_and_the_lower_is_the_better():
     result = scored(REGRESSION, 1, ([[1.0], [5.0], [0.0]], [[0.0], [8.0], [np.nan]]), ([[1.0]], [[1.0]]))
-    assert result.values == {"loss": pytest.approx(10 / 3), "mae": pytest.approx(4 / 3), "count": 3}
+    assert result.values == {
+        "loss": pytest.approx(10 / 3),
+        "mae": pytest.approx(2 * 4 / 3),  # of a deviation of 2
+        "r2": pytest.approx(1 - 10 / 38),  # about the mean of 0, 8 and 1
+        "count": 3,
+    }
     assert scored(REGRESSION, 1, ([[0.5]], [[0.0]])).score > result.score
+    assert np.isnan(scored(REGRESSION, 1, ([[np.nan], [1.0]], [[3.0], [1.0]])).values["mae"])
+
+
+@pytest.mark.parametrize("problem, label", [(SINGLE, IGNORED), (MULTI, [np.nan] * 2), (REGRESSION, [np.nan])])
+def test_nothing_to_evaluate_is_an_error(problem, label):
+    logits = [[0.0]] if problem == REGRESSION else [[0.0, 0.0]]
+    with pytest.raises(BadImage, match="expected an image to be left in every split"):
+        scored(problem, len(logits[0]), (logits, [label]))
 
 
 def test_a_table_says_what_was_measured():
@@ -67,16 +82,17 @@ def test_a_table_says_what_was_measured():
         "end                   top-1    top-5     loss   images",
         "  test raw           50.00%  100.00%   0.8133   1 of 2 right",
     ]
-    assert class_table(single, ["cat", "dog"]).splitlines() == [
-        "right of each class",
+    assert class_table("test", single, ["cat", "dog"]).splitlines() == [
+        "test, right of each class",
         "  cat               100.00%",
         "  dog                 0.00%",
     ]
     number = scored(REGRESSION, 1, ([[1.0]], [[3.5]]))
     assert [line.split() for line in table("end", {"test raw": number}).splitlines()] == [
-        ["end", "error", "loss", "images"],
-        ["test", "raw", "2.5", "6.2500", "1"],
+        ["end", "error", "R2", "loss", "images"],
+        ["test", "raw", "5", "0.0000", "6.2500", "1"],
     ]
-    many = class_table(Evaluation({"map": 0.5}, [number / 50 for number in range(50)]), [f"c{i}" for i in range(50)])
-    assert many.splitlines()[0] == "average precision of each class, the lowest 10 of 50"
+    evaluation = Evaluation({"map": 0.5}, [number / 50 for number in range(50)])
+    many = class_table("test", evaluation, [f"c{number}" for number in range(50)])
+    assert many.splitlines()[0] == "test, average precision of each class, the lowest 10 of 50"
     assert [line.split()[0] for line in many.splitlines()[1:]] == [f"c{number}" for number in range(10)]

@@ -113,8 +113,9 @@ def test_sixteen_bits_become_their_upper_eight():
 @pytest.mark.parametrize(
     "array, message",
     [
-        (np.array([[0, 2**16]], dtype=np.int32), "expected at most 16 bits a pixel, got values from 0 to 65536"),
-        (np.array([[-1, 5]], dtype=np.int32), "got values from -1 to 5"),
+        (np.array([[0, 2**16]], dtype=np.int32), "of 8 or 16 bits, got 32 bits with values from 0 to 65536"),
+        (np.array([[-1, 5]], dtype=np.int32), "with values from -1 to 5"),
+        (np.array([[0, 200]], dtype=np.int32), "with values from 0 to 200"),
         (np.array([[0.5]], dtype=np.float32), "expected integer pixels, got floating-point ones"),
     ],
 )

@@ -188,6 +188,7 @@ def test_a_stream_of_two_processes_is_stopped_and_resumed_exactly(tmp_path):
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert rows_of(folder)[-1]["count"] == 360
 
 
 def test_a_dead_process_ends_the_others(tmp_path):
