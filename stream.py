@@ -31,8 +31,8 @@ class Stream(Rows):
         buffer_size: the undecoded rows in it.
     """
 
-    def __init__(self, *rows, buffer_size: int = 1000, **options):
-        super().__init__(*rows, **options)
+    def __init__(self, *given, buffer_size: int = 1000, **options):
+        super().__init__(*given, **options)
         self.buffer_size = buffer_size
         self.parts = {}  # shard -> its rows
         self.places = {}  # reader of this process -> (epoch, rows that it has taken of it)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,8 +129,14 @@ def kill(folder: Path, options: list[str], moment: float, saving: bool) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
+def two_at_a_time(function, cases):
+    """Raises what the first of them to fail has raised."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(function, cases))
+
+
 def test_runs_killed_at_random_moments_end_as_if_nothing_had_happened(uninterrupted, tmp_path, request):
-    for number in range(request.config.getoption("--kills")):
+    def check(number: int):
         name, workers = WAYS[number % len(WAYS)]
         expected, seconds, _ = uninterrupted[name]
         options = options_of(name, workers)
@@ -148,24 +155,28 @@ def test_runs_killed_at_random_moments_end_as_if_nothing_had_happened(uninterrup
             f"leaving {' '.join(found)}: the same end"
         )
 
+    two_at_a_time(check, range(request.config.getoption("--kills")))
+
 
 # Stopping and going on by hand
 
 
-@pytest.mark.parametrize("number, name, workers", [(signal.SIGINT, "cached", 0), (signal.SIGTERM, "streamed", 2)])
-def test_a_signal_to_all_processes_saves_and_exits_with_a_word(uninterrupted, tmp_path, number, name, workers):
-    folder = tmp_path / "run"
-    options = options_of(name, workers)
-    process = start(folder, *options)
-    assert wait_for((folder / "metrics.jsonl").exists, process)
-    os.killpg(process.pid, number)
-    assert process.wait(60) == 128 + number
-    (checkpoint,) = (folder / "checkpoints").iterdir()
-    said = folder.with_suffix(".log").read_text()
-    assert f"step {int(checkpoint.name[5:])} is saved; go on with the same options and" in said
-    assert f"--output_dir {folder} --resume_from_checkpoint latest" in said and "Traceback" not in said
-    finish(folder, *options, "--resume_from_checkpoint", "latest")
-    assert_same(left(folder), uninterrupted[name][0])
+def test_a_signal_to_all_processes_saves_and_exits_with_a_word(uninterrupted, tmp_path):
+    def check(case: tuple):
+        number, name = case
+        folder, options = tmp_path / name, options_of(name, WORKERS[name])
+        process = start(folder, *options)
+        assert wait_for((folder / "metrics.jsonl").exists, process)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == 128 + number
+        (checkpoint,) = (folder / "checkpoints").iterdir()
+        said = folder.with_suffix(".log").read_text()
+        assert f"step {int(checkpoint.name[5:])} is saved; go on with the same options and" in said
+        assert f"--output_dir {folder} --resume_from_checkpoint latest" in said and "Traceback" not in said
+        finish(folder, *options, "--resume_from_checkpoint", "latest")
+        assert_same(left(folder), uninterrupted[name][0])
+
+    two_at_a_time(check, [(signal.SIGINT, "cached"), (signal.SIGTERM, "streamed")])
 
 
 def test_a_run_goes_on_from_the_checkpoint_that_is_named(uninterrupted):
