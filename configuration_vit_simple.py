@@ -64,8 +64,12 @@ class ViTSimpleConfig(PretrainedConfig):
         qkv_bias: whether query, key and value have a bias.
         use_class_token: whether a learned token stands before the patches.
         pooling: `"cls"`, the class token, or `"mean"`, the mean of the patch tokens only.
+        fc_norm: whether the last LayerNorm follows the mean instead of preceding it (MAE fine-tuned, timm's `avg`).
         num_register_tokens: learned tokens between class token and patches (arXiv:2309.16588, section 2.2; DINOv2).
         position_embedding: `"learned"`, or `"sincos2d"`: fixed, on the patches only (arXiv:2205.01580).
+        no_embed_class: whether class token and registers carry no position (DeiT-III, DINOv2 with registers).
+        pre_norm: whether a LayerNorm precedes the blocks, and patches have no bias (CLIP).
+        mlp: `"mlp"`, or `"swiglu"`, whose `intermediate_size` is the width after the gate (DINOv2 giant).
         layerscale_value: initial LayerScale of both branches (arXiv:2103.17239, section 2; DeiT-III, DINOv2) or None.
         head_init_std: standard deviation of the classifier's kernel; None means `initializer_range`, 0 starts at zero.
         kwargs: what every transformers config takes, such as `num_labels`, `id2label` and `problem_type`.
@@ -94,8 +98,12 @@ class ViTSimpleConfig(PretrainedConfig):
         qkv_bias=True,
         use_class_token=True,
         pooling="cls",
+        fc_norm=False,
         num_register_tokens=0,
         position_embedding="learned",
+        no_embed_class=False,
+        pre_norm=False,
+        mlp="mlp",
         layerscale_value=None,
         head_init_std=None,
         **kwargs,
@@ -141,6 +149,11 @@ class ViTSimpleConfig(PretrainedConfig):
         """Tokens before the patches: class token and registers."""
         return int(self.use_class_token) + self.num_register_tokens
 
+    @property
+    def num_prefix_positions(self) -> int:
+        """Tokens before the patches that have a learned position."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
     def check(self):
         """Checks every field; called again when a model is built, since overrides are set after `__init__`.
 
@@ -173,10 +186,11 @@ class ViTSimpleConfig(PretrainedConfig):
             value = getattr(self, field)
             valid = value is None or (is_number(value) and 0 <= value < float("inf"))
             expect(valid, field, "None or a number that is not negative")
-        for field in ("qkv_bias", "use_class_token"):
+        for field in ("qkv_bias", "use_class_token", "fc_norm", "no_embed_class", "pre_norm"):
             expect(isinstance(getattr(self, field), bool), field, "True or False")
         choices = {
             "pooling": ("cls", "mean"),
+            "mlp": ("mlp", "swiglu"),
             "position_embedding": ("learned", "sincos2d"),
             "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
         }
@@ -194,6 +208,8 @@ class ViTSimpleConfig(PretrainedConfig):
         multiple = all(size % patch == 0 for size, patch in zip(pair(self.image_size), pair(self.patch_size)))
         expect(multiple, "image_size", f"a multiple of patch_size={self.patch_size}")
         expect(self.pooling == "mean" or self.use_class_token, "pooling", "'mean' when use_class_token=False")
+        expect(self.pooling == "mean" or not self.fc_norm, "pooling", "'mean' when fc_norm=True")
+        expect(self.mlp == "mlp" or self.hidden_act == "silu", "hidden_act", "'silu' when mlp='swiglu'")
         quarter = self.position_embedding == "learned" or self.hidden_size % 4 == 0
         expect(quarter, "hidden_size", "a multiple of 4 for position_embedding='sincos2d'")
 

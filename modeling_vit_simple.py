@@ -5,15 +5,22 @@ Letters in the shape comments: B batch, C num_channels, H W image height and wid
 A checkpoint has timm's keys, and one file serves the backbone and the classifier.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from .configuration_vit_simple import ViTSimpleConfig, pair
+
+logger = logging.get_logger(__name__)
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+ADAPTED_FIELDS = ("image_size", "patch_size", "num_channels", "id2label", "label2id")  # of a loaded checkpoint
 
 
 class PatchEmbed(nn.Module):
@@ -22,7 +29,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ViTSimpleConfig):
         super().__init__()
         patch_size = pair(config.patch_size)
-        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, patch_size, patch_size, bias=not config.pre_norm)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.proj(pixel_values).flatten(2).transpose(1, 2)  # (B, D, H/P, W/P) -> (B, N, D)
@@ -38,6 +45,36 @@ def sincos2d(rows: int, columns: int, dim: int, device: torch.device) -> torch.T
     x = torch.arange(columns, device=device)[None, :, None] * frequency  # (1, columns, dim/4)
     parts = [part.expand(rows, columns, -1) for part in (x.sin(), x.cos(), y.sin(), y.cos())]
     return torch.cat(parts, dim=-1).view(1, rows * columns, dim)
+
+
+def resample_positions(pos_embed: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Learned positions (1, prefix + N, D) for another patch grid: bicubic, antialiased, in float32."""
+    if grid == new_grid:
+        return pos_embed
+    prefix, patches = pos_embed.split([pos_embed.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], dim=1)
+    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).float()  # (1, N, D) -> (1, D, H/P, W/P)
+    patches = F.interpolate(patches, new_grid, mode="bicubic", antialias=True)
+    return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+def resample_kernel(kernel: torch.Tensor, patch_size: tuple[int, int], channels: int) -> torch.Tensor:
+    """A patch kernel (D, C, P, P) for another patch size and other channels.
+
+    Tokens of a resized image stay what they were, as nearly as can be: the pseudo-inverse of the resizing (FlexiViT,
+    arXiv:2212.08013, section 3.4). One channel gets the sum of all; others repeat them at an equal total.
+    """
+    old_channels, old_size, dtype = kernel.shape[1], kernel.shape[2:], kernel.dtype
+    if old_size != patch_size:
+        basis = torch.eye(old_size.numel(), device=kernel.device).view(-1, 1, *old_size)
+        resize = F.interpolate(basis, patch_size, mode="bicubic", antialias=True).flatten(1)  # (old P*P, new P*P)
+        flat = kernel.float().flatten(2) @ torch.linalg.pinv(resize).T
+        kernel = flat.unflatten(2, patch_size).to(dtype)
+    if channels == 1 and old_channels > 1:
+        kernel = kernel.sum(1, keepdim=True)
+    elif channels != old_channels:
+        repeats = -(-channels // old_channels)
+        kernel = kernel.repeat(1, repeats, 1, 1)[:, :channels] * (old_channels / channels)
+    return kernel
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -87,6 +124,18 @@ class Mlp(nn.Module):
         return self.dropout(self.fc2(self.act(self.fc1(x))))
 
 
+class SwiGlu(Mlp):
+    """The first layer makes a gate, through the activation, and what it gates (arXiv:2002.05202, section 2)."""
+
+    def __init__(self, config: ViTSimpleConfig):
+        super().__init__(config)
+        self.fc1 = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, x = self.fc1(x).chunk(2, dim=-1)
+        return self.dropout(self.fc2(self.act(gate) * x))
+
+
 class LayerScale(nn.Module):
     """A learned factor per channel at the end of a branch (arXiv:2103.17239, section 2)."""
 
@@ -121,7 +170,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ls1 = LayerScale(config) if scaled else nn.Identity()
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = SwiGlu(config) if config.mlp == "swiglu" else Mlp(config)
         self.ls2 = LayerScale(config) if scaled else nn.Identity()
         self.drop_path = DropPath(drop_path_rate)
 
@@ -156,6 +205,60 @@ class ViTSimplePreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.patch_embed
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As transformers' own, but `image_size`, `patch_size`, `num_channels` and the labels may be other ones.
+
+        The checkpoint is loaded as it is and then adapted; a word in the log says how. Labels are `num_labels`, or
+        `id2label` and `label2id`; the head is made anew only for another number of them.
+
+        Raises:
+            ValueError: values that cannot work, or weights that are offloaded, which cannot be adapted.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        hub = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+        stored = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+        if config is None:
+            given = {name: kwargs.pop(name) for name in ("num_labels", *ADAPTED_FIELDS) if name in kwargs}
+            wanted = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub, **given)
+        else:
+            wanted = config if isinstance(config, PretrainedConfig) else cls.config_class.from_pretrained(config)
+            config = copy.deepcopy(wanted)
+            for name in ADAPTED_FIELDS:
+                setattr(config, name, getattr(stored, name))
+        wanted.check()
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # beside it, what output_loading_info asks for
+        done = model.adapt(wanted)
+        if done:
+            logger.warning(f"{pretrained_model_name_or_path} was adapted: {', '.join(done)}")
+        return loaded
+
+    @torch.no_grad()
+    def adapt(self, wanted: ViTSimpleConfig) -> list[str]:
+        """Gives the network the image size, patch size, channels and labels of another config; says what it did."""
+        config, proj, head, done = self.config, self.patch_embed.proj, getattr(self, "head", None), []
+        patch_size, channels, grid = pair(wanted.patch_size), wanted.num_channels, wanted.grid_size
+        if patch_size != pair(config.patch_size) or channels != config.num_channels:
+            proj.weight = nn.Parameter(resample_kernel(proj.weight, patch_size, channels))
+            proj.kernel_size, proj.stride, proj.in_channels = patch_size, patch_size, channels
+            done.append(f"patch kernel {config.num_channels} x {config.patch_size} to {channels} x {wanted.patch_size}")
+        if self.pos_embed is not None and grid != config.grid_size:
+            self.pos_embed = nn.Parameter(resample_positions(self.pos_embed, config.grid_size, grid))
+            done.append(f"positions {config.grid_size} to {grid}")
+        if head is not None and wanted.num_labels != config.num_labels:
+            head.weight = nn.Parameter(head.weight.new_empty(wanted.num_labels, config.hidden_size))
+            head.bias = nn.Parameter(head.bias.new_empty(wanted.num_labels))
+            head.out_features = wanted.num_labels
+            self._init_weights(head)
+            done.append(f"a new head for {wanted.num_labels} labels in the place of {config.num_labels}")
+        if done and any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError("from_pretrained: expected weights in memory to be adapted, got offloaded ones")
+        for name in ADAPTED_FIELDS:
+            setattr(config, name, getattr(wanted, name))
+        return done
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         for name, parameter in module.named_parameters(recurse=False):
@@ -182,34 +285,29 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
         super().__init__(config)
         D, depth = config.hidden_size, config.num_hidden_layers
         rows, columns = config.grid_size
-        registers, positions = config.num_register_tokens, config.num_prefix_tokens + rows * columns
+        registers, positions = config.num_register_tokens, config.num_prefix_positions + rows * columns
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D)) if config.use_class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, registers, D)) if registers else None
         learned = config.position_embedding == "learned"
         self.pos_embed = nn.Parameter(torch.empty(1, positions, D)) if learned else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm_pre = nn.LayerNorm(D, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, config.drop_path_rate * i / max(depth - 1, 1)) for i in range(depth))
-        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.norm = nn.Identity() if config.fc_norm else nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.fc_norm = nn.LayerNorm(D, eps=config.layer_norm_eps) if config.fc_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
-        """The position of every token for a patch grid, (1, T, D).
-
-        Learned positions are resampled where the grid is not the native one: bicubic, antialiased, in float32.
-        """
-        config, prefix = self.config, self.config.num_prefix_tokens
+        """The position of every token for a patch grid, (1, T, D); zero for prefix tokens that have none."""
+        config = self.config
         if self.pos_embed is None:
             weight = self.patch_embed.proj.weight
-            patches = sincos2d(rows, columns, config.hidden_size, weight.device).to(weight.dtype)
-            return F.pad(patches, (0, 0, prefix, 0))  # zero for the prefix tokens
-        if (rows, columns) == config.grid_size:
-            return self.pos_embed
-        grid = self.pos_embed[:, prefix:].unflatten(1, config.grid_size).permute(0, 3, 1, 2).float()  # (1, D, H/P, W/P)
-        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True)  # (1, D, rows, columns)
-        patches = grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
-        return torch.cat([self.pos_embed[:, :prefix], patches], dim=1)
+            positions = sincos2d(rows, columns, config.hidden_size, weight.device).to(weight.dtype)
+        else:
+            positions = resample_positions(self.pos_embed, config.grid_size, (rows, columns))
+        return F.pad(positions, (0, 0, config.num_prefix_tokens + rows * columns - positions.shape[1], 0))
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The tokens that enter the blocks: (B, C, H, W) -> (B, T, D)."""
@@ -217,7 +315,7 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
         P_height, P_width = pair(self.config.patch_size)
         prefix = [token.expand(B, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         x = torch.cat([*prefix, self.patch_embed(pixel_values)], dim=1)  # (B, prefix, D), (B, N, D) -> (B, T, D)
-        return self.dropout(x + self.positions(H // P_height, W // P_width))
+        return self.norm_pre(self.dropout(x + self.positions(H // P_height, W // P_width)))
 
     def check_pixels(self, pixel_values: torch.Tensor, any_size: bool):
         """Raises what `forward` promises; reads shapes only, so that it costs nothing in a compiled graph."""
@@ -254,7 +352,8 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
             return_dict: False returns a tuple.
 
         Returns:
-            `last_hidden_state` (B, T, D), after the final LayerNorm; `pooler_output` (B, D), what the head receives.
+            `last_hidden_state` (B, T, D), after the final LayerNorm but for `fc_norm`; `pooler_output` (B, D), what the
+            head receives.
 
         Raises:
             ValueError: pixels of another rank, dtype, channel count or size; attentions where they are not computed.
@@ -281,7 +380,7 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
             attentions = attentions + (weights,) if output_attentions else None
         x = self.norm(x)
         pooled = x[:, 0] if config.pooling == "cls" else x[:, config.num_prefix_tokens :].mean(dim=1)
-        output = BaseModelOutputWithPooling(x, pooled, hidden_states, attentions)
+        output = BaseModelOutputWithPooling(x, self.fc_norm(pooled), hidden_states, attentions)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 

@@ -52,9 +52,12 @@ for number, folder in enumerate(sys.argv[1:]):
 
     AutoModel.from_pretrained(folder, **remote).save_pretrained("backbone")
     headless = AutoModelForImageClassification.from_pretrained("backbone", **remote)
-    sizes = {"num_labels": 3, "ignore_mismatched_sizes": True}
-    resized = AutoModelForImageClassification.from_pretrained(folder, **sizes, **remote)
+    resized = AutoModelForImageClassification.from_pretrained(folder, num_labels=3, **remote)
     assert resized.head.weight.shape[0] == 3
+    size = [4 * side for side in resized.config.grid_size]  # patches of four pixels
+    other_fields = {"image_size": size, "patch_size": 4, "num_channels": 1}
+    adapted = AutoModel.from_pretrained(folder, **other_fields, **remote)
+    assert adapted(torch.randn(2, 1, *size)).pooler_output.shape == (2, model.config.hidden_size)
     for other in (headless, resized):
         assert other.head.weight.abs().max() > 0 and other.head.bias.abs().max() == 0
         for name, tensor in model.state_dict().items():

@@ -1,0 +1,160 @@
+"""A checkpoint is opened at another size, with other channels, patches and labels."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, AutoModelForImageClassification
+
+from conftest import EVERY_SWITCH, TINY, tiny
+from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
+from vit_simple.modeling_vit_simple import resample_kernel, resample_positions
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(**fields) -> tuple[ViTSimpleForImageClassification, str]:
+        model = tiny(**fields)
+        model.save_pretrained(tmp_path / "checkpoint")
+        return model, str(tmp_path / "checkpoint")
+
+    return save
+
+
+def agrees(model):
+    """The config says what the tensors are: a model of the same config has their shapes, and takes its images."""
+    again = type(model)(ViTSimpleConfig(**model.config.to_dict()))
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    size, channels = model.config.image_size, model.config.num_channels
+    images = torch.randn(2, channels, *((size, size) if isinstance(size, int) else size))
+    output = model.eval()(images)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(images)[0], output[0])
+
+
+@pytest.mark.parametrize("door", [AutoModel, AutoModelForImageClassification, ViTSimpleForImageClassification])
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"image_size": 24}, "positions (4, 4) to (6, 6)"),
+        ({"image_size": (16, 32)}, "positions (4, 4) to (4, 8)"),
+        ({"num_channels": 1}, "patch kernel 3 x 4 to 1 x 4"),
+        ({"num_channels": 6}, "patch kernel 3 x 4 to 6 x 4"),
+        ({"patch_size": 8}, "patch kernel 3 x 4 to 3 x 8, positions (4, 4) to (2, 2)"),
+        ({"image_size": 32, "patch_size": 8}, "patch kernel 3 x 4 to 3 x 8"),
+        ({"num_labels": 7}, "a new head for 7 labels in the place of 5"),
+        ({}, None),
+    ],
+)
+def test_a_checkpoint_is_adapted_through_every_door(saved, caplog, door, fields, said):
+    model, path = saved(**EVERY_SWITCH)
+    opened = door.from_pretrained(path, **fields)
+    agrees(opened)
+    if door is AutoModel and "num_labels" in fields:
+        said = None  # it has no head
+    assert [record.getMessage() for record in caplog.records if "adapted" in record.getMessage()] == (
+        [f"{path} was adapted: {said}"] if said else []
+    )
+    for name, value in fields.items():
+        assert getattr(opened.config, name) == value
+    changed = {"pos_embed", "patch_embed.proj.weight", "head.weight", "head.bias"}
+    for name, tensor in opened.state_dict().items():
+        if name not in changed or not said:
+            assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_an_adapted_model_is_saved_and_opened_as_it_is(saved, tmp_path):
+    _, path = saved()
+    adapted = AutoModelForImageClassification.from_pretrained(path, image_size=24, num_channels=4, num_labels=2)
+    adapted.save_pretrained(tmp_path / "adapted")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "adapted")
+    assert again.config.to_dict() == {**adapted.config.to_dict(), "_name_or_path": again.config._name_or_path}
+    for name, tensor in adapted.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_labels_of_the_same_number_keep_the_head(saved):
+    model, path = saved()
+    names = {number: f"class {number}" for number in range(5)}
+    label2id = {name: number for number, name in names.items()}
+    opened = AutoModelForImageClassification.from_pretrained(path, id2label=names, label2id=label2id)
+    assert opened.config.id2label == names and torch.equal(opened.head.weight, model.head.weight)
+
+
+def test_other_options_of_from_pretrained_still_work(saved):
+    _, path = saved()
+    config = ViTSimpleConfig.from_pretrained(path, image_size=24, num_labels=3)
+    opened, info = ViTSimpleForImageClassification.from_pretrained(
+        path, config=config, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert opened.dtype == torch.bfloat16 and opened.head.weight.dtype == opened.pos_embed.dtype == torch.bfloat16
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert config.image_size == 24 and opened.head.weight.shape == (3, 32)
+    dropping = ViTSimpleForImageClassification.from_pretrained(path, drop_path_rate=0.2, image_size=24)
+    assert dropping.config.drop_path_rate == 0.2 and dropping.blocks[-1].drop_path.rate == 0.2
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"image_size": 18}, "image_size: expected a multiple of patch_size=4, got 18"),
+        ({"num_channels": 0}, "num_channels: expected a positive integer, got 0"),
+        ({"patch_size": 3}, "image_size: expected a multiple of patch_size=3, got 16"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(saved, fields, message):
+    _, path = saved()
+    for door in (AutoModel, ViTSimpleForImageClassification):
+        with pytest.raises(ValueError, match=message):
+            door.from_pretrained(path, **fields)
+
+
+def test_channels_are_summed_or_repeated_at_an_equal_total():
+    kernel = torch.randn(5, 3, 4, 4)
+    assert torch.allclose(resample_kernel(kernel, (4, 4), 1), kernel.sum(1, keepdim=True))
+    six = resample_kernel(kernel, (4, 4), 6)
+    assert torch.allclose(six[:, :3], kernel / 2) and torch.equal(six[:, :3], six[:, 3:])
+    grey = torch.randn(2, 1, 4, 4)
+    images = (grey, grey.expand(-1, 3, -1, -1), grey.expand(-1, 6, -1, -1))
+    tokens = [F.conv2d(image, resample_kernel(kernel, (4, 4), image.shape[1])) for image in images]
+    assert torch.allclose(tokens[0], tokens[1], atol=1e-5) and torch.allclose(tokens[1], tokens[2], atol=1e-5)
+
+
+def test_a_larger_patch_of_a_resized_image_gives_the_same_token():
+    kernel, image = torch.randn(5, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    resized = F.interpolate(image, (8, 8), mode="bicubic", antialias=True)
+    tokens = F.conv2d(image, kernel), F.conv2d(resized, resample_kernel(kernel, (8, 8), 3))
+    assert torch.allclose(*tokens, atol=1e-4)
+
+
+def test_positions_keep_their_shape_at_another_size():
+    """A smooth table stays the function that it was: corners and middle of the grid are where they were."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 14), torch.linspace(-1, 1, 14), indexing="ij")
+    table = torch.stack([y, x, x * y]).flatten(1).T[None]
+    prefix = torch.randn(1, 2, 3)
+    larger = resample_positions(torch.cat([prefix, table], 1), (14, 14), (28, 20))
+    assert torch.equal(larger[:, :2], prefix)
+    expected = F.interpolate(table.transpose(1, 2).unflatten(2, (14, 14)), (28, 20), mode="bilinear")
+    assert torch.allclose(larger[:, 2:].transpose(1, 2).unflatten(2, (28, 20)), expected, atol=0.05)
+
+
+@pytest.mark.parametrize("fields", [{}, EVERY_SWITCH, {"no_embed_class": True}])
+def test_pooled_features_survive_another_size(fields):
+    """224 to 384 pixels, with smooth positions: the features of the resized image point where they did."""
+    torch.manual_seed(0)
+    config = ViTSimpleConfig(**{**TINY, "image_size": 224, "patch_size": 16, **fields})
+    small = ViTSimpleForImageClassification(config).eval()
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 14), torch.linspace(-1, 1, 14), indexing="ij")
+    waves = torch.stack([(x * (i % 4) + y * (i // 4)).cos() for i in range(32)], -1).view(1, 196, 32)
+    small.pos_embed.data[:, config.num_prefix_positions :] = 0.1 * waves
+    large = copy.deepcopy(small)
+    large.adapt(ViTSimpleConfig(**{**config.to_dict(), "image_size": 384}))
+    images = F.interpolate(torch.randn(4, 3, 12, 12), 224, mode="bicubic")
+    resized = F.interpolate(images, 384, mode="bicubic", antialias=True)
+    with torch.no_grad():
+        features = [
+            ViTSimpleModel.forward(small, images).pooler_output,
+            ViTSimpleModel.forward(large, resized).pooler_output,
+        ]
+    assert F.cosine_similarity(*features).min() > 0.95
