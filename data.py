@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vit_simple.labels import SINGLE, Labels, column_names, find_label_column, kind_of, labels_of, tally
 
 FEW = 1_000  # rows that tell whether a stream's labels are secret
-LABEL_BATCH = 10_000  # labels read at a time from a stream
+LABEL_BATCH = 1_000  # labels read at a time from a stream
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # what reads a file
 
 

@@ -169,7 +169,7 @@ def build_network(config: TrainConfig, labels: Labels, channels: int = 3) -> ViT
 
 
 def in_own_units(weights: dict[str, torch.Tensor], labels: Labels) -> dict[str, torch.Tensor]:
-    """A state dict whose head gives numbers in the place of standard deviations from the mean, its form in training."""
+    """The weights as they are saved: a head that was trained in standard deviations from the mean gives numbers."""
     if labels.problem_type != REGRESSION:
         return weights
     weight, bias = weights["head.weight"] * labels.deviation, weights["head.bias"] * labels.deviation + labels.mean

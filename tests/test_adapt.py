@@ -158,3 +158,20 @@ def test_pooled_features_survive_another_size(fields):
             ViTSimpleModel.forward(large, resized).pooler_output,
         ]
     assert F.cosine_similarity(*features).min() > 0.95
+
+
+def test_weights_that_are_offloaded_are_not_adapted(saved, tmp_path):
+    model, path = saved()
+    places = {name: "cpu" for name, _ in model.named_children()} | {"cls_token": "cpu", "pos_embed": "cpu"}
+    del places["blocks"]
+    places |= {"blocks.0": "cpu", "blocks.1": "disk", "blocks.2": "disk"}
+    options = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    with pytest.raises(ValueError, match="expected weights in memory to be adapted, got offloaded ones"):
+        ViTSimpleForImageClassification.from_pretrained(path, image_size=24, **options)
+
+
+def test_a_state_dict_without_a_checkpoint_is_opened_as_transformers_does(saved):
+    model, _ = saved()
+    opened = ViTSimpleForImageClassification.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], tensor), name
