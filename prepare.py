@@ -198,26 +198,38 @@ def processor_content(
         raise ValueError(f"--crop_pct: expected none for arrays, which are taken as they are, got {config.crop_pct}")
     if height != width and config.crop_pct is not None:
         raise ValueError(f"--crop_pct: expected a square image_size, got {image_size}")
-    content = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
-    if height == width and (cropped or config.crop_pct is not None):
-        content = {
-            "image_processor_type": "BitImageProcessor",
-            "size": {"shortest_edge": round(height / (config.crop_pct or 0.875))},
-            "do_center_crop": True,
-            "crop_size": {"height": height, "width": width},
-        }
-    channels = 3 if array_shape is None else array_shape[0]
     if array_shape is not None:
-        content = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
-    return content | {
-        "do_convert_rgb": array_shape is None,
-        "do_resize": array_shape is None,
-        "resample": 2,  # bilinear
+        scale = {"image_mean": [0.5] * array_shape[0], "image_std": [0.5] * array_shape[0]}
+        return stock_processor(image_size) | {"do_convert_rgb": False, "do_resize": False} | scale
+    crops = height == width and (cropped or config.crop_pct is not None)
+    return stock_processor(image_size, round(height / (config.crop_pct or 0.875)) if crops else None)
+
+
+def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = None, resample: int = 2) -> dict:
+    """preprocessor_config.json of transformers' own processors: RGB, scaled to [-1, 1].
+
+    Args:
+        image_size: (height, width) that it makes.
+        shortest_edge: of the image before a crop to `image_size`; None: all of it is squashed to `image_size`.
+        resample: as PIL.Image.Resampling counts, 2 bilinear, 3 bicubic.
+    """
+    height, width = image_size
+    squash = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+    crop = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": shortest_edge},
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+    }
+    return (squash if shortest_edge is None else crop) | {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": resample,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.5] * channels,
-        "image_std": [0.5] * channels,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
     }
 
 
