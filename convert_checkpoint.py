@@ -19,8 +19,9 @@ import PIL.Image
 import safetensors
 import torch
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from vit_simple import ViTSimpleConfig
 from vit_simple.configuration_vit_simple import pair
@@ -114,6 +115,16 @@ def load_tensors(files: list[Path]) -> Tensors:
     return tensors
 
 
+def read_json(file: Path) -> dict:
+    """The content of a file, nothing where there is none."""
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON: {error}") from error
+
+
 def read(
     source: str,
     notes: list[str],
@@ -128,27 +139,28 @@ def read(
         ValueError: it is no plain ViT, does not fit together, or is not described well enough.
     """
     folder, files = find(source)
-    tensors, file = load_tensors(files), folder / "config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    tensors, content = load_tensors(files), read_json(folder / "config.json")
     pretrained, kind = content.get("pretrained_cfg", {}), content.get("model_type")
     if kind == ViTSimpleConfig.model_type:
         config = ViTSimpleConfig.from_pretrained(folder)
         tensors = gather(tensors, {}, config)
     elif kind is not None:
-        config, tensors = from_transformers(AutoConfig.from_pretrained(folder, trust_remote_code=False), tensors, notes)
+        try:
+            theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except StrictDataclassError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        config, tensors = from_transformers(theirs, tensors, notes)
     else:
         config, tensors = from_timm(content, tensors, notes, num_attention_heads, hidden_act)
 
-    image_size, file = pair(config.image_size), folder / "preprocessor_config.json"
+    image_size, processor = pair(config.image_size), read_json(folder / "preprocessor_config.json")
     family = family or FAMILY_OF_TYPE.get(kind, "clip" if config.pre_norm else None)
     if pretrained:
         processor = of_timm(pretrained, image_size)
-    elif file.exists():
-        processor = json.loads(file.read_text(encoding="utf-8"))
-    elif family is not None:
+    elif not processor and family is not None:
         resample, part, scale = FAMILIES[family]
         processor = stock_processor(image_size, part and math.floor(min(image_size) / part), resample) | scale
-    else:
+    elif not processor:
         raise ValueError(f"--family: expected one of {', '.join(FAMILIES)}, since no file tells how pixels are scaled")
     card = inherited(folder, pretrained)
     if not Path(source).exists():
@@ -242,34 +254,24 @@ def inherited(folder: Path, pretrained: dict) -> dict:
     return {name: found[name] for name in INHERITED if found.get(name)}
 
 
-def write(checkpoint: Checkpoint, to: str, folder: Path, name: str, notes: list[str]):
-    """Writes a folder that the library named opens.
+def described(checkpoint: Checkpoint, to: str, notes: list[str]) -> tuple[PretrainedConfig | dict, Tensors]:
+    """Config and tensors as the library named has them.
 
     Raises:
-        ValueError: the network or the processor has what that library has not.
+        ValueError: the network or the image processor has what that library has not.
     """
     config, tensors = checkpoint.config, checkpoint.tensors
-    if to == "vit_simple":
-        config.architectures = ["ViTSimpleForImageClassification" if "head.weight" in tensors else "ViTSimpleModel"]
-        for code in ("modeling_vit_simple.py", "configuration_vit_simple.py"):
-            shutil.copy(ROOT / code, folder)
-    if to == "transformers":
-        config, tensors = to_transformers(config, tensors)
     if to == "timm":
         content, tensors = to_timm(config, tensors, notes)
-        content["pretrained_cfg"] = for_timm(checkpoint.processor, config) | {"num_classes": content["num_classes"]}
-        if "license" in checkpoint.card:
-            content["pretrained_cfg"]["license"] = checkpoint.card["license"]
-        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        licence = {name: value for name, value in checkpoint.card.items() if name == "license"}
+        classes = {"num_classes": content["num_classes"]}
+        return content | {"pretrained_cfg": for_timm(checkpoint.processor, config) | classes | licence}, tensors
+    if to == "transformers":
+        config, tensors = to_transformers(config, tensors)
     else:
-        config.dtype = next(iter(tensors.values())).dtype
-        config.save_pretrained(folder)
-        text = json.dumps(checkpoint.processor, indent=2) + "\n"
-        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
-    save_file(
-        {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-    write_card(checkpoint, to, folder, name, notes)
+        config.architectures = ["ViTSimpleForImageClassification" if "head.weight" in tensors else "ViTSimpleModel"]
+    config.dtype = next(iter(tensors.values())).dtype
+    return config, tensors
 
 
 def write_card(checkpoint: Checkpoint, to: str, folder: Path, name: str, notes: list[str]):
@@ -312,12 +314,26 @@ def convert(source: str, out: str | Path, to: str = "vit_simple", **options) -> 
     out, notes = Path(out), []
     if out.exists():
         raise ValueError(f"OUT: expected a folder that is not there yet, got {out}")
-    checkpoint = read(source, notes, **options)
+    checkpoint = read(str(source), notes, **options)
+    config, tensors = described(checkpoint, to, notes)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
         folder = Path(aside) / out.name
         folder.mkdir()
-        write(checkpoint, to, folder, out.name, notes)
+        files = {"config.json": config} if to == "timm" else {"preprocessor_config.json": checkpoint.processor}
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if to != "timm":
+            config.save_pretrained(folder)
+        if to == "vit_simple":
+            for name in ("modeling_vit_simple.py", "configuration_vit_simple.py"):
+                shutil.copy(ROOT / name, folder)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
+        write_card(checkpoint, to, folder, out.name, notes)
         folder.rename(out)
     for name, what in (("license", "licence"), ("base_model", "base model")):
         if name not in checkpoint.card:

@@ -3,18 +3,21 @@
 import json
 import re
 import shutil
+import sys
 
+import PIL.Image
 import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
-import vit_simple
-from conftest import TINY, tiny
-from vit_simple.convert_checkpoint import FAMILIES, convert, main
-from vit_simple.prepare import stock_processor
+from conftest import TINY, run_python, tiny
+from parity import IMAGES, assert_alike, open_folder, outputs, random
+from vit_simple.configuration_vit_simple import pair
+from vit_simple.convert_checkpoint import convert, main
+from vit_simple.layouts import DROPPED
 
 SIZES = {name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")}
 SIZES |= {"patch_size": 4}
@@ -48,46 +51,11 @@ def peer(tmp_path):
     def save(family: str, **options) -> transformers.PreTrainedModel:
         name, fields = PEERS[family]
         its_class = getattr(transformers, name)
-        torch.manual_seed(0)
-        model = its_class(its_class.config_class(**{**fields, **options})).eval()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
+        model = random(its_class(its_class.config_class(**{**fields, **options})))
         model.save_pretrained(tmp_path / "peer")
         return model
 
     return save
-
-
-@torch.no_grad()
-def outputs(model, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens behind the last LayerNorm and, where there is a head, its logits; of transformers' classes or ours."""
-    kind, resized = model.config.model_type, {"interpolate_pos_encoding": True}
-    if kind == "vit_simple":
-        output = model(images, output_hidden_states=True, **resized)
-        return model.norm(output.hidden_states[-1]), getattr(output, "logits", None)
-    if kind.startswith("clip"):
-        tower = getattr(model, "vision_model", model)
-        features = tower(images, **resized)
-        head = getattr(model, "visual_projection", None)
-        logits = None if head is None else head(features.pooler_output)
-        return tower.post_layernorm(features.last_hidden_state), logits
-    if kind == "vit_mae":
-        in_order = torch.arange(images[0, 0].numel() // 16.0).expand(len(images), -1)
-        return model.base_model(images, noise=in_order, **resized).last_hidden_state, None
-    if kind.startswith("dinov2"):
-        resized = {}  # they always do
-    logits = model(images, **resized).logits if hasattr(model, "classifier") else None
-    return model.base_model(images, **resized).last_hidden_state, logits
-
-
-def assert_alike(model, other, size: int = 16):
-    """Tokens and, where both have a head, logits are equal to 1e-5 of the largest."""
-    for ours, theirs in zip(outputs(model, IMAGES[size]), outputs(other, IMAGES[size])):
-        if theirs is not None and ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
-
-
-IMAGES = {size: torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)) for size in (16, 24)}
 
 
 @pytest.mark.parametrize("family", PEERS)
@@ -95,15 +63,16 @@ def test_a_checkpoint_of_transformers_gives_its_outputs_and_goes_back(peer, tmp_
     theirs = peer(family)
     told = convert(tmp_path / "peer", tmp_path / "ours", family=FAMILY.get(family))
     ours = open_folder(tmp_path / "ours")
-    assert_alike(ours, theirs)
+    assert_alike(outputs(ours, IMAGES[16]), outputs(theirs, IMAGES[16]))
     if family == "DINOv2 with registers":
-        assert_alike(ours, theirs, size=24)  # the others resample without antialiasing, which timm and we do not
+        # The others resample without antialiasing, unlike timm and this network.
+        assert_alike(outputs(ours, IMAGES[24]), outputs(theirs, IMAGES[24]))
     dropped = any("dropped a head" in line for line in told)
     assert dropped == (family == "DINOv2 with its head")
     assert hasattr(ours, "head") == (outputs(theirs, IMAGES[16])[1] is not None and not dropped)
 
     convert(tmp_path / "ours", tmp_path / "back", to="transformers")
-    assert_alike(open_folder(tmp_path / "back"), theirs)
+    assert_alike(outputs(open_folder(tmp_path / "back"), IMAGES[16]), outputs(theirs, IMAGES[16]))
     before, after = (
         {re.sub(r"^(vit|dinov2\w*|vision_model)\.", "", name): tensor for name, tensor in load_file(file).items()}
         for file in (tmp_path / "peer/model.safetensors", tmp_path / "back/model.safetensors")
@@ -114,18 +83,225 @@ def test_a_checkpoint_of_transformers_gives_its_outputs_and_goes_back(peer, tmp_
         expected |= {"embeddings.cls_token", "embeddings.position_embeddings"}  # the class token has its position in it
     assert changed == expected
     for name in set(before) - set(after):
-        assert any(name.split(".")[0] in line for line in told), name
+        assert name.startswith("classifier.") or re.match("|".join(DROPPED), name), name
+    for pattern, what in DROPPED.items():
+        lost = any(re.match(pattern, name) for name in before)
+        assert lost == any(line.startswith(f"dropped {what}") for line in told), what
 
     ours.from_pretrained(tmp_path / "ours", image_size=24).save_pretrained(tmp_path / "larger")
     shutil.copy(tmp_path / "ours/preprocessor_config.json", tmp_path / "larger")
     convert(tmp_path / "larger", tmp_path / "larger there", to="transformers")
-    assert_alike(ours, open_folder(tmp_path / "larger there"), size=24)
+    assert_alike(outputs(open_folder(tmp_path / "larger there"), IMAGES[24]), outputs(ours, IMAGES[24]))
 
 
-def open_folder(folder):
-    """The network of the class that the config names, which finds all of its tensors there."""
-    name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model, info = getattr(transformers, name, None) or getattr(vit_simple, name), {}
-    model, info = model.from_pretrained(folder, output_loading_info=True)
-    assert all("pooler" in key for key in info["missing_keys"]) and not info["unexpected_keys"], info
-    return model.eval()
+def nothing_written(tmp_path, *arguments, **options) -> str:
+    """The reason for which a conversion is refused; of OUT nothing is there then."""
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ValueError) as refused:
+        convert(*arguments, tmp_path / "new/out", **options)
+    assert set(tmp_path.rglob("*")) == before
+    return str(refused.value)
+
+
+def rewrite(folder, change):
+    """Changes the tensors of a saved folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (
+            lambda tensors: tensors.pop("vit.encoder.layer.1.output.dense.bias"),
+            "encoder.layer.1.output.dense.bias is missing",
+        ),
+        (lambda tensors: tensors.update(odd=torch.ones(2)), "odd is not known"),
+        (
+            lambda tensors: tensors.update({"vit.layernorm.bias": torch.ones(5)}),
+            r"layernorm.bias has the shape \(5,\) and not \(32,\)",
+        ),
+        (
+            lambda tensors: tensors.pop("vit.encoder.layer.2.attention.attention.key.weight"),
+            "encoder.layer.2.attention.attention.key.weight is missing",
+        ),
+    ],
+)
+def test_tensors_that_are_missing_unknown_or_misshapen_are_named(peer, tmp_path, change, reason):
+    peer("google/vit")
+    rewrite(tmp_path / "peer", change)
+    assert re.search(reason, nothing_written(tmp_path, tmp_path / "peer", family="google"))
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({"num_hidden_layers": 2}, "encoder.layer.2.attention.attention.query.weight is not known"),
+        ({"image_size": 32}, r"position_embeddings has the shape \(1, 5, 32\) and not \(1, 17, 32\)"),
+        ({"num_attention_heads": 5}, "hidden_size: expected a multiple of num_attention_heads=5, got 32"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"model_type": "convnext"}, "expected a plain ViT of the types vit, .*, got convnext"),
+        ({"model_type": "nonsense"}, "nonsense"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_is_refused(peer, tmp_path, fields, reason):
+    peer("google/vit")
+    file = tmp_path / "peer/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    assert re.search(reason, nothing_written(tmp_path, tmp_path / "peer", family="google"))
+
+
+@pytest.mark.parametrize(
+    "kind, fields, reason",
+    [
+        ("DeiTForImageClassification", PLAIN, "DeiT distilled"),
+        ("SiglipVisionModel", PLAIN, "SigLIP"),
+        ("BeitModel", PLAIN, "BEiT"),
+        ("SwinModel", {"image_size": 32, "embed_dim": 8, "depths": [1], "num_heads": [1], "window_size": 4}, "Swin"),
+    ],
+)
+def test_other_families_are_refused_by_name(tmp_path, kind, fields, reason):
+    its_class = getattr(transformers, kind)
+    its_class(its_class.config_class(**fields)).save_pretrained(tmp_path / "peer")
+    assert f": {reason}" in nothing_written(tmp_path, tmp_path / "peer", family="google")
+
+
+def test_files_that_are_damaged_or_hold_more_than_tensors_are_refused(tmp_path):
+    whole = tmp_path / "whole.safetensors"
+    save_file(tiny().state_dict(), whole)
+    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-100])
+    torch.save({"model": tiny().state_dict(), "args": random}, tmp_path / "code.pth")
+    torch.save({"model": tiny().state_dict(), "epoch": 3}, tmp_path / "wrapped.pth")
+    torch.save({"cls_token": torch.ones(1), "epoch": 3}, tmp_path / "mixed.pth")
+    (tmp_path / "text.bin").write_text("not a checkpoint")
+    for name in ("cut.safetensors", "code.pth", "mixed.pth", "text.bin"):
+        assert name in nothing_written(tmp_path, tmp_path / name, family="augreg")
+    convert(tmp_path / "wrapped.pth", tmp_path / "out", family="augreg", num_attention_heads=4)
+    assert open_folder(tmp_path / "out").config.num_labels == 5
+
+
+def test_what_no_file_tells_is_asked_for(tmp_path):
+    save_file(tiny().state_dict(), tmp_path / "plain.safetensors")
+    save_file(tiny(pre_norm=True).state_dict(), tmp_path / "clip.safetensors")
+    heads = {"num_attention_heads": 4}
+    assert "--num_attention_heads" in nothing_written(tmp_path, tmp_path / "plain.safetensors", family="deit")
+    assert "--family" in nothing_written(tmp_path, tmp_path / "plain.safetensors", **heads)
+    assert "--hidden_act" in nothing_written(tmp_path, tmp_path / "clip.safetensors", **heads)
+    told = convert(tmp_path / "clip.safetensors", tmp_path / "out", hidden_act="quick_gelu", base_model="a/b", **heads)
+    model = open_folder(tmp_path / "out")
+    assert (model.config.hidden_act, model.config.layer_norm_eps) == ("quick_gelu", 1e-5)
+    card = ModelCard.load(tmp_path / "out/README.md").data
+    assert card.base_model == "a/b" and told[-1].startswith("no licence is known")
+
+
+@pytest.mark.parametrize(
+    "to, fields, reason",
+    [
+        ("transformers", {"use_class_token": False, "pooling": "mean"}, "use_class_token=False, pooling='mean'"),
+        ("transformers", {"fc_norm": True, "pooling": "mean"}, "fc_norm=True"),
+        ("transformers", {"num_register_tokens": 2}, "num_register_tokens=2"),
+        ("transformers", {"layerscale_value": 0.1}, "intermediate_size=48"),
+        ("transformers", {"pre_norm": True}, "head.bias"),
+        ("timm", {"layer_norm_eps": 1e-3}, "layer_norm_eps"),
+        ("timm", {"hidden_act": "gelu_10"}, "hidden_act"),
+    ],
+)
+def test_what_the_others_cannot_hold_is_refused(tmp_path, to, fields, reason):
+    tiny(**fields).save_pretrained(tmp_path / "ours")
+    assert reason in nothing_written(tmp_path, tmp_path / "ours", to=to, family="augreg")
+
+
+def test_a_head_on_dinov2_goes_to_transformers_and_comes_back(tmp_path):
+    for pooling in ("cls", "mean"):
+        folder = tmp_path / pooling
+        model = tiny(layerscale_value=0.1, intermediate_size=64, pooling=pooling)
+        model.save_pretrained(folder / "ours")
+        convert(folder / "ours", folder / "there", to="transformers", family="dinov2")
+        convert(folder / "there", folder / "back")
+        assert_alike(outputs(open_folder(folder / "there"), IMAGES[16]), outputs(model, IMAGES[16]))
+        back = load_file(folder / "back/model.safetensors")
+        assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items())
+        assert open_folder(folder / "back").config.pooling == pooling
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"no_embed_class": True, "layerscale_value": 1e-5},
+        {"layerscale_value": 1e-5, "mlp": "swiglu", "hidden_act": "silu"},
+        {"no_embed_class": True, "layerscale_value": 1e-5, "num_register_tokens": 4, "qkv_bias": False},
+        {"pooling": "mean", "fc_norm": True, "image_size": (16, 24), "patch_size": (4, 8)},
+        {"pre_norm": True, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 1},
+        {"use_class_token": False, "pooling": "mean", "position_embedding": "sincos2d"},
+    ],
+)
+def test_what_is_written_for_timm_is_read_as_it_was(tmp_path, fields):
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    model = tiny(**fields, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    model.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "timm", to="timm", family="google")
+    convert(tmp_path / "timm", tmp_path / "back")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "back"))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    back = open_folder(tmp_path / "back")
+    images = torch.randn(2, model.config.num_channels, *pair(back.config.image_size))
+    assert_alike(outputs(back, images), outputs(model, images))
+    were, are = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("ours", "back"))
+    table = {"position_embedding", "no_embed_class"} if "position_embedding" in fields else set()
+    assert {name for name in were if were[name] != are[name]} == table
+
+
+def test_deit3_as_its_authors_wrote_it_is_read_from_a_file_alone(tmp_path):
+    model = tiny(no_embed_class=True, layerscale_value=1e-5, hidden_size=192, num_attention_heads=3)
+    names = {name: re.sub(r"ls(\d)\.gamma", r"gamma_\1", name) for name in model.state_dict()}
+    torch.save({"model": {names[name]: tensor for name, tensor in model.state_dict().items()}}, tmp_path / "deit3.pth")
+    told = convert(tmp_path / "deit3.pth", tmp_path / "out", family="deit3")
+    assert told[0] == "took 3 attention heads, as published ViTs of width 192 have"
+    assert_alike(outputs(open_folder(tmp_path / "out"), IMAGES[16]), outputs(model, IMAGES[16]))
+
+
+def test_half_precision_shards_and_the_card_come_along(peer, tmp_path):
+    theirs = peer("google/vit")
+    theirs.bfloat16().save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    (tmp_path / "parts/README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: a/b\n---\n# A title\n")
+    content = {"feature_extractor_type": "ViTFeatureExtractor", "size": 32, "image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "parts/preprocessor_config.json").write_text(json.dumps(content))
+    told = convert(tmp_path / "parts", tmp_path / "out")
+    model = open_folder(tmp_path / "out")
+    assert model.dtype == torch.bfloat16 and model.config.dtype == torch.bfloat16
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert (card.data.license, card.data.base_model) == ("cc-by-nc-4.0", "a/b")
+    assert told == ["the image processor makes (16, 16) pixels, as the network takes, in the place of (32, 32)"]
+    written = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert written["image_mean"] == content["image_mean"] and written["do_convert_rgb"] is True
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    pixels = processor(PIL.Image.new("L", (30, 40)), return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 16, 16)
+
+
+def test_a_conversion_takes_little_more_memory_than_its_file(tmp_path):
+    fields = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 3072}
+    transformers.ViTModel(transformers.ViTConfig(**fields)).save_pretrained(tmp_path / "peer")
+    code = """
+import resource, sys
+from vit_simple.convert_checkpoint import convert, main
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert(sys.argv[1], sys.argv[2], family="google")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    printed = run_python(sys.executable, tmp_path / "work", code, tmp_path / "peer", tmp_path / "out")
+    assert int(printed.split()[-1]) * 1024 < 1.5 * (tmp_path / "peer/model.safetensors").stat().st_size
+
+
+def test_the_command_says_what_it_did_and_what_it_cannot_do(peer, tmp_path, capsys):
+    peer("google/vit in21k")
+    main([str(tmp_path / "peer"), str(tmp_path / "out"), "--family", "google", "--base_model", "google/vit"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("dropped the tanh layer between backbone and head: pooler.dense.bias, pooler.dense")
+    assert printed[-1] == f"saved in {tmp_path}/out"
+    with pytest.raises(SystemExit, match=f"error: OUT: expected a folder that is not there yet, got {tmp_path}/out"):
+        main([str(tmp_path / "peer"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="error: expected a file, a folder or a repository of the Hub, got no/where"):
+        main(["no/where", str(tmp_path / "other")])

@@ -7,16 +7,24 @@ timm needs torchvision, which this project does not:
 
 import functools
 
+import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor
 
 from conftest import TINY, tiny
+from parity import IMAGES, assert_alike, open_folder, outputs, random
 from vit_simple import ViTSimpleConfig
+from vit_simple.convert_checkpoint import convert
 from vit_simple.modeling_vit_simple import resample_kernel, resample_positions
 
 pytest.importorskip("timm")
+import timm
+from timm.data import create_transform, resolve_data_config
 from timm.layers import SwiGLUPacked, resample_abs_pos_embed, resample_patch_embed
 from timm.layers.activations import QuickGELU
+from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
@@ -74,3 +82,45 @@ def test_kernels_are_resampled_as_timm_does(size):
     kernel = torch.randn(5, 3, 4, 4)
     expected = resample_patch_embed(kernel, size)
     assert torch.allclose(resample_kernel(kernel, size, 3), expected, atol=1e-4)
+
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
+NAMES = {  # networks of timm's registry, and what is special about their sizes here
+    "vit_base_patch16_224.augreg_in1k": {"num_classes": 5},
+    "vit_small_patch16_224.augreg_in21k": {"num_classes": 7, "mlp_ratio": 40 / 32},
+    "vit_base_patch16_224.dino": {"num_classes": 0},
+    "vit_base_patch16_224.mae": {"num_classes": 5, "global_pool": "avg"},
+    "vit_medium_patch16_reg4_gap_256.sbb_in12k_ft_in1k": {"num_classes": 5},
+    "deit_base_patch16_224.fb_in1k": {"num_classes": 5},
+    "deit3_base_patch16_224.fb_in1k": {"num_classes": 5},
+    "vit_base_patch14_dinov2.lvd142m": {"num_classes": 0},
+    "vit_giant_patch14_dinov2.lvd142m": {"num_classes": 0},
+    "vit_base_patch14_reg4_dinov2.lvd142m": {"num_classes": 5},
+    "vit_base_patch16_clip_224.laion2b": {"num_classes": 24},
+    "vit_base_patch16_clip_quickgelu_224.openai": {"num_classes": 24},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_of_timm_gives_its_outputs_and_goes_back(tmp_path, name):
+    theirs = random(timm.create_model(name, **SMALL, **NAMES[name])).eval()
+    save_for_hf(theirs, tmp_path / "peer", safe_serialization=True)
+    convert(tmp_path / "peer", tmp_path / "ours")
+    ours = open_folder(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to="timm")
+    back = timm.create_model(f"local-dir:{tmp_path}/back", pretrained=True).eval()
+    checkpoint = tmp_path / "ours/model.safetensors"
+    direct = timm.create_model(name, checkpoint_path=checkpoint, **SMALL, **NAMES[name]).eval()
+    for other in (ours, back, direct):
+        assert_alike(outputs(other, IMAGES[16]), outputs(theirs, IMAGES[16]))
+    larger = timm.create_model(f"local-dir:{tmp_path}/peer", pretrained=True, img_size=24).eval()
+    assert_alike(outputs(ours, IMAGES[24]), outputs(larger, IMAGES[24]))
+
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("peer", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    image = PIL.Image.effect_noise((40, 30), 60).convert("RGB")
+    again = timm.create_model(f"local-dir:{tmp_path}/peer", pretrained=True)
+    pixels = [create_transform(**resolve_data_config(model=model))(image) for model in (again, back)]
+    pixels.append(AutoImageProcessor.from_pretrained(tmp_path / "ours")(image, return_tensors="pt").pixel_values[0])
+    grey_level = 1.01 / 255 / min(again.pretrained_cfg["std"])  # they round differently
+    assert torch.equal(pixels[1], pixels[0]) and torch.allclose(pixels[2], pixels[0], rtol=0, atol=grey_level)
