@@ -341,7 +341,7 @@ def convert(source: str, out: str | Path, to: str = "vit_simple", **options) -> 
     return notes
 
 
-def main(arguments: list[str] | None = None):
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("convert_checkpoint.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", metavar="SOURCE", help="a file, a folder or a repository of the Hub")
@@ -353,7 +353,11 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--num_attention_heads", type=int, help="for a file of unusual width without a config")
     parser.add_argument("--hidden_act", help="of the MLP, for a CLIP file without a config: gelu or quick_gelu")
     parser.add_argument("--base_model", help="for the card: the repository that the weights come from")
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: list[str] | None = None):
+    options = vars(build_parser().parse_args(arguments))
     try:
         notes = convert(**options)
     except ValueError as error:

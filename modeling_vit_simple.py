@@ -228,11 +228,15 @@ class ViTSimplePreTrainedModel(PreTrainedModel):
             for name in ADAPTED_FIELDS:
                 setattr(config, name, getattr(stored, name))
         wanted.check()
+        adapter_kwargs = {**(kwargs.pop("adapter_kwargs", None) or {})}
+        adapter = adapter_kwargs.pop("_adapter_model_path", None)  # of PEFT: its head fits only what is adapted
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # beside it, what output_loading_info asks for
         done = model.adapt(wanted)
         if done:
             logger.warning(f"{pretrained_model_name_or_path} was adapted: {', '.join(done)}")
+        if adapter is not None and not model._hf_peft_config_loaded:
+            model.load_adapter(adapter, adapter_kwargs=adapter_kwargs)
         return loaded
 
     @torch.no_grad()

@@ -4,8 +4,11 @@ import re
 import shlex
 import sys
 
+import pytest
+
 from benchmarks.scale import table
 from conftest import run_python
+from vit_simple.convert_checkpoint import build_parser
 from vit_simple.options import ROOT, parse_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,16 +32,23 @@ shutil.copytree({str(run_folder)!r}, "your-name/vit-simple-digits")
 shutil.copytree({str(ROOT / "data")!r}, "data")
 """
     printed = run_python(sys.executable, tmp_path / "work", "\n".join([setup, *blocks("python")]))
-    assert (tmp_path / "work/outputs/parity/modeling_vit_simple.py").exists(), printed
+    assert (tmp_path / "work/outputs/fine-tuned/modeling_vit_simple.py").exists(), printed
 
 
 def test_the_costs_at_scale_are_those_that_the_benchmark_computes():
     assert table(989e12, 0.4, 8) in (ROOT / "docs/scale.md").read_text(encoding="utf-8")
 
 
-def test_every_training_command_has_options_that_exist():
-    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
-    training = [words[words.index("train.py") + 1 :] for words in commands if "train.py" in words and words[0] != "for"]
-    assert len(training) > 10
-    for words in training:
-        parse_config(words)
+def commands(script: str) -> list[list[str]]:
+    """The arguments of every line that calls a script."""
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [words[words.index(script) + 1 :] for words in lines if script in words and words[0] != "for"]
+
+
+@pytest.mark.parametrize(
+    "script, parse, least", [("train.py", parse_config, 10), ("convert_checkpoint.py", build_parser().parse_args, 4)]
+)
+def test_every_command_has_options_that_exist(script, parse, least):
+    assert len(commands(script)) > least
+    for words in commands(script):
+        parse(words)
