@@ -25,7 +25,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vit_simple import ViTSimpleConfig
 from vit_simple.configuration_vit_simple import pair
-from vit_simple.layouts import Tensors, from_timm, from_transformers, gather, listed, to_timm, to_transformers
+from vit_simple.layout_timm import from_timm, to_timm
+from vit_simple.layout_transformers import from_transformers, to_transformers
+from vit_simple.layouts import Tensors, gather, listed
 from vit_simple.options import ROOT
 from vit_simple.prepare import open_processor, stock_processor
 

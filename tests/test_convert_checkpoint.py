@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import PIL.Image
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
 
 from conftest import TINY, run_python, tiny
+from hub import Hub
 from parity import IMAGES, assert_alike, open_folder, outputs, random
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.convert_checkpoint import convert, main
@@ -305,3 +307,19 @@ def test_the_command_says_what_it_did_and_what_it_cannot_do(peer, tmp_path, caps
         main([str(tmp_path / "peer"), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="error: expected a file, a folder or a repository of the Hub, got no/where"):
         main(["no/where", str(tmp_path / "other")])
+
+
+def test_a_repository_of_the_hub_is_converted(peer, tmp_path):
+    peer("DINOv2")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "peer").iterdir()}
+    card = b"---\nlicense: apache-2.0\n---\n"
+    with Hub({}) as hub:
+        hub.create("models/meta/dinov2", files | {"README.md": card, "other.bin": b"not wanted"})
+        command = [sys.executable, "-m", "vit_simple.convert_checkpoint", "meta/dinov2", tmp_path / "out"]
+        subprocess.run(command, env=hub.environment(tmp_path / "home"), check=True, cwd=tmp_path)
+        assert not any("other.bin" in request.path for request in hub.log)
+    assert_alike(
+        outputs(open_folder(tmp_path / "out"), IMAGES[16]), outputs(open_folder(tmp_path / "peer"), IMAGES[16])
+    )
+    card = ModelCard.load(tmp_path / "out/README.md").data
+    assert (card.license, card.base_model, card.library_name) == ("apache-2.0", "meta/dinov2", "transformers")

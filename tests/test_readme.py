@@ -1,5 +1,6 @@
 """What the README shows, run as it stands."""
 
+import json
 import re
 import shlex
 import sys
@@ -7,9 +8,10 @@ import sys
 import pytest
 
 from benchmarks.scale import table
-from conftest import run_python
+from conftest import run_python, tiny
 from vit_simple.convert_checkpoint import build_parser
 from vit_simple.options import ROOT, parse_config
+from vit_simple.prepare import stock_processor
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -24,11 +26,14 @@ def test_the_first_two_blocks_are_one_command_each():
     assert tests == 'python -m pip install -e ".[test]" -c constraints.txt && python -m pytest\n'
 
 
-def test_every_python_block_runs(run_folder, tmp_path):
+def test_every_python_block_runs(tmp_path):
     """The blocks name a checkpoint of the Hub; a folder of that name stands in for it."""
+    digits = tiny(num_hidden_layers=1, image_size=8, patch_size=2, num_labels=10)  # small, since a block compiles it
+    digits.save_pretrained(tmp_path / "digits")
+    (tmp_path / "digits/preprocessor_config.json").write_text(json.dumps(stock_processor((8, 8))))
     setup = f"""
 import shutil
-shutil.copytree({str(run_folder)!r}, "your-name/vit-simple-digits")
+shutil.copytree({str(tmp_path / "digits")!r}, "your-name/vit-simple-digits")
 shutil.copytree({str(ROOT / "data")!r}, "data")
 """
     printed = run_python(sys.executable, tmp_path / "work", "\n".join([setup, *blocks("python")]))

@@ -126,7 +126,8 @@ FINE_TUNE = """
 import copy, json, sys, torch
 from datasets import load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 folder, adapter, digits = sys.argv[1], "adapter", load_dataset(sys.argv[2])
 processor = AutoImageProcessor.from_pretrained(folder)
@@ -142,8 +143,8 @@ def open_model():
 
 def trainer(model, work, rate, **options):
     arguments = TrainingArguments(
-        work, per_device_train_batch_size=16, gradient_accumulation_steps=2, learning_rate=rate, seed=0,
-        use_cpu=True, remove_unused_columns=False, label_names=["labels"], report_to="none", disable_tqdm=True, **options,
+        work, per_device_train_batch_size=16, gradient_accumulation_steps=2, learning_rate=rate, seed=0, use_cpu=True,
+        remove_unused_columns=False, label_names=["labels"], report_to="none", disable_tqdm=True, **options,
     )
     return Trainer(
         model, arguments, data_collator=collate, train_dataset=digits["train"].select(range(480)),
