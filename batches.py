@@ -132,6 +132,12 @@ class Rows:
         if len(self.bad) == self.size:
             raise BadImage(f"--on_bad_image: expected an image to be left in the split {self.split!r}, got none")
 
+    def few(self, count: int) -> tuple[torch.Tensor, list]:
+        """Pixels (B, C, H, W), uint8, and targets of at most so many rows, to look at; bad ones are left out."""
+        read = (self.read_row(row, "", 0, value, label, {}) for row, value, label in self.some(count))
+        images, targets = zip(*((image, target) for image, target in read if image is not None))
+        return self.decode.stack(images), list(targets)
+
     def load(self, **loading) -> Iterator:
         """What the decoding processes make."""
         pin = self.process.device.type == "cuda"
@@ -155,6 +161,12 @@ class Images(Rows, torch.utils.data.Dataset):
         """The undecoded image and the label of each row."""
         table = self.rows.with_format("arrow")[rows]
         return zip(values_of(table, self.data.image_column), values_of(table, self.data.labels.column))
+
+    def some(self, count: int) -> Iterator[tuple]:
+        """Number, undecoded image and label of rows that the seed draws."""
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "some"))
+        rows = torch.randperm(self.size, generator=generator)[:count].tolist()
+        return ((row, *read) for row, read in zip(rows, self.at(rows)))
 
     def __getitems__(self, key: tuple[int, list[int]]) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
         epoch, rows = key

@@ -1,67 +1,300 @@
-"""The pictures of a run, from what it recorded."""
+"""The model card, README.md, of a checkpoint: what the files of its folder record, and nothing else."""
 
+import importlib.metadata
 import json
-from collections import defaultdict
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+import safetensors
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TITLES = {
-    "loss": "loss",
-    "top1": "images right (%)",
-    "map": "mean average precision (%)",
-    "mae": "mean absolute error",
-    "lr": "learning rate",
+from vit_simple.checkpoint import write
+from vit_simple.options import ROOT
+
+BEGIN = "<!-- vit_simple: written anew by every run and push, up to the line that says end -->"
+END = "<!-- vit_simple: end -->"
+PLACEHOLDER = "your-name"
+RECORD = "provenance.json"
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "kornia", "safetensors", "numpy")
+INHERITED = ("base_model", "license", "license_name", "license_link")
+METRICS = {  # of an evaluation: the Hub's name of the metric, and ours
+    "top1": ("accuracy", "top-1 accuracy"),
+    "top5": ("accuracy", "top-5 accuracy"),
+    "map": ("map", "mean average precision"),
+    "mae": ("mae", "mean absolute error"),
+    "r2": ("r_squared", "R2"),
+    "loss": ("loss", "loss"),
 }
-FEW_CLASSES = 30  # as many names and counts as a picture of the confusions has room for
+PICTURES = {
+    "curves.png": "Loss, score and learning rate",
+    "confusion.png": "How often each class was taken for each",
+    "predictions.png": "Test images and what the network says; red where it is wrong",
+}
+CITATION = """```bibtex
+@article{dosovitskiy2020vit,
+  title = {An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale},
+  author = {Dosovitskiy, Alexey and Beyer, Lucas and Kolesnikov, Alexander and Weissenborn, Dirk and Zhai, Xiaohua and
+            Unterthiner, Thomas and Dehghani, Mostafa and Minderer, Matthias and Heigold, Georg and Gelly, Sylvain and
+            Uszkoreit, Jakob and Houlsby, Neil},
+  journal = {arXiv:2010.11929},
+  year = {2020}
+}
+```"""
 
 
-def plot_curves(folder: Path):
-    """Writes curves.png: loss, accuracy and learning rate over the steps in metrics.jsonl."""
-    series = defaultdict(list)
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        name = row["split"] + (" (averaged weights)" if row.get("weights") == "ema" else "")
-        for quantity in TITLES:
-            if quantity in row and row["split"] != "test":
-                series[quantity, name].append((row["step"], row[quantity]))
-    names = list(dict.fromkeys(name for _, name in series))
-    figure = Figure(figsize=(11, 3.2), layout="constrained", dpi=150)
-    titles = {name: title for name, title in TITLES.items() if name in {quantity for quantity, _ in series}}
-    for axis, (quantity, title) in zip(figure.subplots(1, len(titles), sharex=True), titles.items()):
-        for number, name in enumerate(names):
-            if (quantity, name) in series:
-                steps, values = np.array(series[quantity, name]).T
-                values = values * (100 if quantity in ("top1", "map") else 1)
-                axis.plot(
-                    steps, values, marker="o" if len(steps) < 20 else "", ms=3, lw=1.2, c=f"C{number}", label=name
-                )
-        axis.set(title=title, xlabel="step")
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(folder / "curves.png")
+# What a folder records
 
 
-def plot_confusion(counts: np.ndarray, class_names: list[str], title: str, path: Path):
-    """Writes a picture of how often each class (a row of K) was taken for each class (a column of K)."""
-    parts = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    few = len(class_names) <= FEW_CLASSES
-    side = max(4.5, 0.45 * len(class_names)) if few else 9
-    figure = Figure(figsize=(side + 1, side), layout="constrained", dpi=150)
-    axis = figure.subplots()
-    shown = axis.imshow(parts, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(shown, shrink=0.8, label="part of the class")
-    axis.set(title=title, xlabel="taken for", ylabel="class")
-    if few:
-        ticks = range(len(class_names))
-        upright = max(map(len, class_names)) <= 2
-        axis.set_xticks(ticks, class_names, rotation=0 if upright else 45, ha="center" if upright else "right")
-        axis.set_yticks(ticks, class_names)
-        for row, column in zip(*counts.nonzero()):
-            ink = "white" if parts[row, column] > 0.5 else "black"
-            axis.text(column, row, counts[row, column], ha="center", va="center", color=ink, fontsize=8)
-    figure.savefig(path)
+def read_json(path: Path) -> dict:
+    """The content of a JSON file, {} where there is none.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+
+
+def hardware() -> str:
+    """The processors that this process computes on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpu = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else None
+    return f"{os.cpu_count()} cores of {named[1] if named else platform.processor() or platform.machine()}"
+
+
+def record(folder: Path, **facts):
+    """Adds to provenance.json how the checkpoint came to be: the command, the machine, versions, and `facts`."""
+    found = read_json(folder / RECORD)
+
+    def git(*words) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+
+    here = (top := git("rev-parse", "--show-toplevel")) and ROOT.samefile(top)  # not of a folder above
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    found |= {
+        "commands": list(dict.fromkeys([*found.get("commands", []), command])),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if here else None,
+        **{name: value for name, value in facts.items() if value is not None},
+    }
+    write(folder / RECORD, json.dumps(found, indent=2) + "\n")
+
+
+def inherited(folder: Path) -> dict:
+    """Licence and base model, as the card of a folder names them."""
+    if not (folder / "README.md").exists():
+        return {}
+    data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    return {name: data[name] for name in INHERITED if data.get(name)}
+
+
+def final_result(folder: Path) -> dict:
+    """The last test of a run or, where nothing was tested, its last validation; {} without either."""
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    for split in ("test", "validation"):
+        found = [row for row in rows if row["split"] == split]
+        if found:
+            return found[-1]
+    return {}
+
+
+def interval(part: float, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a part of so many (Wilson, 1927)."""
+    z = 1.96
+    middle, spread = part + z**2 / (2 * count), z * math.sqrt(part * (1 - part) / count + z**2 / (4 * count**2))
+    return (middle - spread) / (1 + z**2 / count), (middle + spread) / (1 + z**2 / count)
+
+
+# The card
+
+
+def build_card(folder: Path, repo_id: str | None = None, tag: str | None = None, license: str | None = None) -> str:
+    """README.md of a checkpoint's folder; of one that stands there all but the part between its markers is kept.
+
+    Args:
+        repo_id: USER/NAME on the Hub; without it a placeholder stands in the snippets.
+        tag: to which the snippet is pinned.
+        license: as the Hub names it; by default that of the card or of the base model.
+
+    Raises:
+        ValueError: a file of the folder is damaged.
+    """
+    facts, config = read_json(folder / RECORD), read_json(folder / "config.json")
+    data = card_data(folder, facts, config, repo_id)
+    text = f"{BEGIN}\n{card_text(folder, facts, config, repo_id, tag)}\n{END}"
+    if (folder / "README.md").exists():
+        old = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+        around = re.split(f"{re.escape(BEGIN)}.*{re.escape(END)}", old.text.strip(), flags=re.DOTALL)
+        text = text.join(around) if len(around) == 2 else old.text.strip()
+        kept = {name: value for name, value in old.data.to_dict().items() if name not in ("model-index", *data)}
+        data |= kept | {"tags": list(dict.fromkeys([*(old.data.tags or []), *data["tags"]]))}
+    if license is not None:
+        data["license"] = license
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n{text}\n"
+
+
+def card_data(folder: Path, facts: dict, config: dict, repo_id: str | None) -> dict:
+    """The metadata of the card, by which the Hub finds and shows a checkpoint."""
+    data = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification" if has_head(config) else "image-feature-extraction",
+        "tags": ["vision", "vit", "vit_simple"],
+        **{name: facts[name] for name in (*INHERITED, "base_model_relation") if facts.get(name)},
+    }
+    dataset, result = facts.get("dataset"), final_result(folder)
+    if dataset and dataset["on_hub"]:
+        data["datasets"] = [dataset["name"]]
+    if dataset and result:
+        named = {name: METRICS[name] for name in METRICS if name in result}
+        data["metrics"] = list(dict.fromkeys(kind for kind, _ in named.values()))
+        data["model_name"] = (repo_id or folder.name).rpartition("/")[2]
+        data["eval_results"] = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset["name"],
+                dataset_name=dataset["name"],
+                dataset_config=dataset["config"],
+                dataset_split=result["split"],
+                dataset_revision=dataset["revision"],
+                metric_type=kind,
+                metric_name=title,
+                metric_value=result[name],
+            )
+            for name, (kind, title) in named.items()
+        ]
+    return data
+
+
+def card_text(folder: Path, facts: dict, config: dict, repo_id: str | None, tag: str | None) -> str:
+    """The card's sections, each of which is left out where nothing is recorded for it."""
+    name, result = repo_id or f"{PLACEHOLDER}/{folder.resolve().name}", final_result(folder)
+    pictures = [f"![{title}]({file})\n\n*{title}.*" for file, title in PICTURES.items() if (folder / file).exists()]
+    sections = [
+        f"# {name.rpartition('/')[2]}",
+        summary(folder, facts, config),
+        "## Use",
+        use(config, name, tag),
+        *(["## Results", results(result, facts)] if result else []),
+        *pictures,
+        *(["## Training", training(folder, facts)] if (folder / "train_config.yaml").exists() else []),
+        *(["## Conversion", bullets(facts["remarks"])] if facts.get("remarks") else []),
+        "## Intended use and limits",
+        limits(config, result, facts),
+        "## Citation",
+        CITATION,
+    ]
+    return "\n\n".join(sections)
+
+
+def bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def summary(folder: Path, facts: dict, config: dict) -> str:
+    """What the checkpoint is, and where its weights come from."""
+
+    def sides(value):
+        return " x ".join(map(str, value if isinstance(value, list) else [value, value]))
+
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    base, data = facts.get("base_model"), facts.get("dataset", {}).get("name")
+    way = f"fine-tuned from {base} on {data}" if base and data else f"trained on {data}" if data else ""
+    way = way or (f"with the weights of {base}" if base else "")
+    return (
+        f"A plain Vision Transformer{way and f' {way}'}: {config['num_hidden_layers']} blocks of width "
+        f"{config['hidden_size']}, {parameters / 1e6:.2f} million parameters, images of {sides(config['image_size'])} "
+        f"pixels in patches of {sides(config['patch_size'])}."
+    )
+
+
+def use(config: dict, name: str, tag: str | None) -> str:
+    """One line that opens the checkpoint, and how to pin it."""
+    task = "image-classification" if has_head(config) else "image-feature-extraction"
+    pin = f', revision="{tag}"' if tag else ""
+    raw = ', function_to_apply="none"' if config.get("problem_type") == "regression" else ""
+    advice = "" if tag else ' Add `revision="..."`, a commit of this repository, and both stay what they are today.'
+    return (
+        "```python\nfrom transformers import pipeline\n\n"
+        f'answers = pipeline("{task}", model="{name}"{pin}{raw}, trust_remote_code=True)("picture.png")\n```\n\n'
+        f"`trust_remote_code=True` runs the two model files of this repository.{advice}"
+    )
+
+
+def results(result: dict, facts: dict) -> str:
+    """A table of the metrics, with intervals for those that are parts of a number of images."""
+    rows = ["| metric | value | 95 % interval |", "|---|---|---|"]
+    for name, (_, title) in METRICS.items():
+        if name in ("top1", "top5") and name in result:
+            low, high = interval(result[name], result["count"])
+            rows.append(f"| {title} | {100 * result[name]:.2f} % | {100 * low:.2f} to {100 * high:.2f} % |")
+        elif name in result:
+            rows.append(f"| {title} | {result[name]:.4g} | |")
+    data = facts.get("dataset", {}).get("name", "the data set")
+    right = f", {result['correct']:,} of them right" if "correct" in result else ""
+    weights = " with averaged weights" if result.get("weights") == "ema" else ""
+    return f"On the {result['split']} split of {data}, {result['count']:,} images{right}{weights}:\n\n" + "\n".join(
+        rows
+    )
+
+
+def training(folder: Path, facts: dict) -> str:
+    """How the run was made, as far as it can be repeated."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if row["split"] == "train"]
+    lines = []
+    if steps:
+        speeds = sorted(row["images_per_second"] for row in steps)
+        lines.append(f"{steps[-1]['step']:,} steps, {steps[-1]['epoch']:.4g} epochs")
+        lines.append(f"{speeds[len(speeds) // 2]:,.0f} images per second, the median, on {facts['hardware']}")
+        if "seconds" in facts:
+            lines.append(f"{facts['seconds']:,.0f} s from the first step to the saved folder, evaluations included")
+    data = facts["dataset"]
+    revision = f" at revision `{data['revision']}`" if data["revision"] else ""
+    lines.append(f"data: {data['name']}{revision}, {data['images']:,} training images")
+    lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    if facts["commit"]:
+        lines.append(f"commit of vit_simple: `{facts['commit']}`")
+    commands, recipe = "\n".join(facts["commands"]), (folder / "train_config.yaml").read_text(encoding="utf-8").strip()
+    return (
+        f"{bullets(lines)}\n\n```bash\n{commands}\n```\n\n"
+        f"<details><summary>The whole recipe (train_config.yaml)</summary>\n\n```yaml\n{recipe}\n```\n\n</details>"
+    )
+
+
+def limits(config: dict, result: dict, facts: dict) -> str:
+    """What the record allows to say, and what it does not."""
+    names, data = list(config.get("id2label", {}).values()), facts.get("dataset", {}).get("name")
+    lines = []
+    if data:
+        lines.append(f"It is meant for images like those of {data}, and as a start for fine-tuning.")
+    if not has_head(config):
+        lines.append("It gives features, no classes.")
+    elif config.get("problem_type") is None and len(names) > 1:
+        known = ", ".join(names) if len(names) <= 20 else f"{len(names):,} classes"
+        lines.append(f"It takes every picture for one of these: {known}; also one that shows nothing of the kind.")
+    if result:
+        lines.append(f"Nothing was measured but the {result['split']} split above: no other data, no groups of people.")
+    elif facts.get("base_model"):
+        lines.append(f"Nothing was measured here; what holds for {facts['base_model']} holds for it.")
+    return "\n".join(lines) or "Nothing was measured."
+
+
+def has_head(config: dict) -> bool:
+    return config["architectures"] == ["ViTSimpleForImageClassification"]

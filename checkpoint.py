@@ -23,6 +23,11 @@ FREE = {
     "dataloader_num_workers",
     "on_bad_image",
     "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+    "license",
 }
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 import PIL.Image
 import safetensors
 import torch
-from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import ModelCardData, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from vit_simple import ViTSimpleConfig
+from vit_simple.card import PLACEHOLDER, build_card, inherited, read_json, record
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.layout_timm import from_timm, to_timm
 from vit_simple.layout_transformers import from_transformers, to_transformers
@@ -50,19 +51,6 @@ FAMILIES = {  # resampling, part of the short side that the crop keeps (None: al
     "clip": (BICUBIC, 1.0, OPENAI),
 }
 FAMILY_OF_TYPE = {"vit_mae": "mae", "dinov2": "dinov2", "dinov2_with_registers": "dinov2"}
-INHERITED = ("base_model", "license", "license_name", "license_link")
-CARD = """
-# {name}
-
-The weights of {origin}, a plain Vision Transformer of {parameters:.1f} million parameters for images of {size} pixels,
-as {library} opens it:
-
-```python
-{use}
-```
-
-{remarks}Limits and intended use are those of {origin}.
-"""
 
 
 @dataclass
@@ -117,16 +105,6 @@ def load_tensors(files: list[Path]) -> Tensors:
     return tensors
 
 
-def read_json(file: Path) -> dict:
-    """The content of a file, nothing where there is none."""
-    if not file.exists():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON: {error}") from error
-
-
 def read(
     source: str,
     notes: list[str],
@@ -164,7 +142,8 @@ def read(
         processor = stock_processor(image_size, part and math.floor(min(image_size) / part), resample) | scale
     elif not processor:
         raise ValueError(f"--family: expected one of {', '.join(FAMILIES)}, since no file tells how pixels are scaled")
-    card = inherited(folder, pretrained)
+    known = {"license": pretrained.get("license"), "base_model": pretrained.get("hf_hub_id")} | inherited(folder)
+    card = {name: value for name, value in known.items() if value}
     if not Path(source).exists():
         card["base_model"] = source
     if base_model is not None:
@@ -248,14 +227,6 @@ def for_timm(processor: dict, config: ViTSimpleConfig) -> dict:
     }
 
 
-def inherited(folder: Path, pretrained: dict) -> dict:
-    """What the card of a checkpoint hands down: licence and base model, as its own card or timm's config names them."""
-    found = {"license": pretrained.get("license"), "base_model": pretrained.get("hf_hub_id")}
-    if (folder / "README.md").exists():
-        found |= ModelCard.load(folder / "README.md").data.to_dict()
-    return {name: found[name] for name in INHERITED if found.get(name)}
-
-
 def described(checkpoint: Checkpoint, to: str, notes: list[str]) -> tuple[PretrainedConfig | dict, Tensors]:
     """Config and tensors as the library named has them.
 
@@ -276,31 +247,19 @@ def described(checkpoint: Checkpoint, to: str, notes: list[str]) -> tuple[Pretra
     return config, tensors
 
 
-def write_card(checkpoint: Checkpoint, to: str, folder: Path, name: str, notes: list[str]):
-    """Writes README.md: where the weights come from, how to open them, and what `notes` say."""
-    door = "AutoModelForImageClassification" if "head.weight" in checkpoint.tensors else "AutoModel"
-    uses = {
-        "vit_simple": f"from transformers import {door}\n\n"
-        f'model = {door}.from_pretrained("your-name/{name}", trust_remote_code=True)',
-        "transformers": f'from transformers import {door}\n\nmodel = {door}.from_pretrained("your-name/{name}")',
-        "timm": f'import timm\n\nmodel = timm.create_model("hf-hub:your-name/{name}", pretrained=True)',
+def write_card(checkpoint: Checkpoint, to: str, folder: Path, notes: list[str]):
+    """Writes README.md of a folder for another library: where its weights come from, and how to open it."""
+    kind = "ForImageClassification" if "head.weight" in checkpoint.tensors else ""
+    use = {
+        "transformers": f'transformers.AutoModel{kind}.from_pretrained("{PLACEHOLDER}/{folder.name}")',
+        "timm": f'timm.create_model("hf-hub:{PLACEHOLDER}/{folder.name}", pretrained=True)',
     }
-    data = ModelCardData(
-        library_name="timm" if to == "timm" else "transformers",
-        pipeline_tag="image-classification" if "head.weight" in checkpoint.tensors else "image-feature-extraction",
-        **checkpoint.card,
-    )
-    height, width = pair(checkpoint.config.image_size)
-    text = CARD.format(
-        name=name,
-        origin=checkpoint.card.get("base_model", "another checkpoint"),
-        parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()) / 1e6,
-        size=f"{height} x {width}",
-        library=to,
-        use=uses[to],
-        remarks="".join(f"- {note}\n" for note in notes) + ("\n" if notes else ""),
-    )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}", ignore_metadata_errors=False).save(folder / "README.md")
+    task = "image-classification" if kind else "image-feature-extraction"
+    data = ModelCardData(library_name=to, pipeline_tag=task, **checkpoint.card)
+    origin = checkpoint.card.get("base_model", "another checkpoint")
+    lines = [f"# {folder.name}", f"The weights of {origin}:", f"```python\nimport {to}\n\nmodel = {use[to]}\n```"]
+    text = "\n\n".join([*lines, *(f"- {note}" for note in notes)])
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}\n", encoding="utf-8")
 
 
 def convert(source: str, out: str | Path, to: str = "vit_simple", **options) -> list[str]:
@@ -335,7 +294,11 @@ def convert(source: str, out: str | Path, to: str = "vit_simple", **options) -> 
             folder / "model.safetensors",
             {"format": "pt"},
         )
-        write_card(checkpoint, to, folder, out.name, notes)
+        if to == "vit_simple":
+            record(folder, remarks=notes, **checkpoint.card)
+            (folder / "README.md").write_text(build_card(folder), encoding="utf-8")
+        else:
+            write_card(checkpoint, to, folder, notes)
         folder.rename(out)
     for name, what in (("license", "licence"), ("base_model", "base model")):
         if name not in checkpoint.card:

@@ -170,3 +170,19 @@ def class_table(split: str, evaluation: Evaluation, class_names: list[str]) -> s
         rows = sorted(rows, key=lambda row: row[1])[:10]
     width = max([16, *(len(name) for name, _ in rows)])
     return "\n".join([title, *(f"  {name:<{width}}{value:9.2%}" for name, value in rows)])
+
+
+def captions(logits: torch.Tensor, targets: list, labels: Labels) -> list[tuple[str, bool]]:
+    """What logits (B, K) say and, where that is wrong, what is true; whether it is right. Numbers are in their unit."""
+    names, found = labels.class_names, []
+    for scores, target in zip(logits, targets):
+        if labels.problem_type == REGRESSION:
+            truth = target[0] * labels.deviation + labels.mean
+            found.append((f"{scores.item():.3g} ({truth:.3g})", True))
+            continue
+        if labels.problem_type == SINGLE:
+            said, true = names[scores.argmax()], names[target]
+        else:
+            said, true = (", ".join(n for n, yes in zip(names, row) if yes) for row in (scores > 0, target))
+        found.append((said if said == true else f"{said or 'none'} ({true or 'none'})", said == true))
+    return found

@@ -40,7 +40,7 @@ def layer_of(name: str, num_layers: int) -> int:
     block = re.match(r"blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
-    return num_layers + 1 if name.startswith(("norm.", "head.")) else 0
+    return num_layers + 1 if name.startswith(("norm.", "fc_norm.", "head.")) else 0
 
 
 def parameter_groups(

@@ -118,6 +118,12 @@ class TrainConfig:
     torch_compile: bool = option("run", False, None, "compile the network")
     seed: int = option("run", 0, AMOUNT, "decides every random choice")
 
+    push_to_hub: bool = option("hub", False, None, "push the folder, and load it from there, at the end")
+    hub_model_id: str | None = option("hub", None, None, "USER/NAME, made where it is new")
+    hub_strategy: str = option("hub", "end", ("end", "every_save"), "every_save: push at each checkpoint, too")
+    hub_private_repo: bool = option("hub", False, None, "make the repository for you alone, or expect that it is")
+    license: str | None = option("hub", None, None, "for the card; default: the base model's")
+
     def __post_init__(self):
         for name, item in OPTIONS.items():
             value, expected = getattr(self, name), item.metadata["expected"]
@@ -136,6 +142,8 @@ class TrainConfig:
             raise ValueError(f"--model_name_or_path: expected no --{scratch[0]} beside it, the checkpoint has its own")
         if self.model_name_or_path is not None and self.crop_pct is not None:
             raise ValueError("--crop_pct: expected none beside --model_name_or_path, which has its own image processor")
+        if self.push_to_hub != (self.hub_model_id is not None):
+            raise ValueError("--hub_model_id and --push_to_hub: expected both, or neither")
         if self.eval_only and self.model_name_or_path is None:
             raise ValueError("--eval_only: expected --model_name_or_path, the checkpoint to evaluate")
 

@@ -76,6 +76,10 @@ class Stream(Rows):
         draw = random.Random(repr((self.seed, "buffer", epoch, self.process.rank * self.readers + reader)))
         return shuffled(self.undecoded(reader, shards), self.buffer_size, draw)
 
+    def some(self, count: int) -> Iterator[tuple]:
+        """Place, undecoded image and label of the first rows of a pass."""
+        return itertools.islice(self.read_pass(0, 0), count)
+
     def training_batches(self, batch_size: int, turn: int, worker: int) -> Iterator[tuple]:
         """Batches without end, the reader that made each and where it is then; a bad image is passed over."""
         reader = (worker + turn) % self.readers

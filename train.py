@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-from vit_simple import ViTSimpleForImageClassification
+from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.augment import Augment
 from vit_simple.batches import Images, seed_for
-from vit_simple.card import plot_confusion, plot_curves
+from vit_simple.card import build_card, inherited, record
 from vit_simple.checkpoint import (
     complete_checkpoints,
     cut_metrics,
@@ -35,11 +37,12 @@ from vit_simple.checkpoint import (
     write,
 )
 from vit_simple.configuration_vit_simple import pair
-from vit_simple.data import load_image_data
+from vit_simple.data import ImageData, load_image_data
 from vit_simple.labels import MULTI, REGRESSION, Labels
-from vit_simple.metrics import SCORES, Evaluation, class_table, table
+from vit_simple.metrics import SCORES, Evaluation, captions, class_table, table
 from vit_simple.optimization import AveragedWeights, build_optimizers, schedule
-from vit_simple.options import TrainConfig, parse_config
+from vit_simple.options import ROOT, TrainConfig, parse_config
+from vit_simple.pictures import plot_confusion, plot_curves, plot_predictions
 from vit_simple.pixels import BadImage
 from vit_simple.prepare import (
     build_accelerator,
@@ -51,8 +54,10 @@ from vit_simple.prepare import (
     once,
     precision_of,
 )
+from vit_simple.push_to_hub import NETWORK_ERRORS, patiently, push
 from vit_simple.stream import Stream
 
+SHOWN = 32  # test images in the picture of predictions
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -178,6 +183,7 @@ def train(
     checkpoint: Path | None,
 ):
     """From the first step, or the checkpoint, to a folder that loads anywhere."""
+    started = time.perf_counter()
     rank, processes, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     step_size = batch_size * accumulation * processes
@@ -247,6 +253,21 @@ def train(
                 save_checkpoint(accelerator, folder, done, state, averaged, config.save_total_limit)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise stop(f"step {done} cannot be saved: {error}; {last_good(folder)}") from error
+        if config.hub_strategy == "every_save" and config.push_to_hub:
+            with meter.pause(), averaged.in_place() if averaged else contextlib.nullcontext():
+                export()
+            if main_process:
+                write(folder / "README.md", build_card(folder, config.hub_model_id, license=config.license))
+                try:
+                    share(config, folder, f"step {done}")
+                except (ValueError, RuntimeError, *NETWORK_ERRORS) as error:
+                    progress.write(f"step {done} was not pushed: {error}")  # the next may be
+
+    def export():
+        """The weights that the network has now, its config and its code; called by every process."""
+        weights = accelerator.get_state_dict(model)
+        if main_process:
+            network.save_pretrained(folder, state_dict=dict(in_own_units(weights, labels)))
 
     batches = rows["train"].training(batch_size, accumulation, first_step)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", disable=not main_process)
@@ -302,9 +323,7 @@ def train(
     if averaged and "validation" in rows and results["raw"].score > results["ema"].score:
         best = "raw"
     with averaged.in_place() if best == "ema" else contextlib.nullcontext():
-        weights = accelerator.get_state_dict(model)
-        if main_process:
-            network.save_pretrained(folder, state_dict=dict(in_own_units(weights, labels)))
+        export()
         split = next((name for name in ("test", "validation") if name in rows), None)
         result = measure(split) if split else None
     if split == "test":
@@ -320,6 +339,58 @@ def train(
         if split and result.confusion is not None:
             title = f"{split}: {result.values['correct']} of {result.values['count']} right"
             plot_confusion(result.confusion.numpy(), labels.class_names, title, folder / "confusion.png")
+        if split and rows[split].data.channels in (1, 3):
+            show_predictions(rows[split], augment, folder)
+        if first_step == 0:
+            record(folder, seconds=round(time.perf_counter() - started, 1))
+        write(folder / "README.md", build_card(folder, config.hub_model_id, license=config.license))
+
+
+def show_predictions(rows: Images | Stream, augment: Augment, folder: Path):
+    """Writes predictions.png: some images of a split, and what the saved network says of them."""
+    pixels, targets = rows.few(SHOWN)
+    network = ViTSimpleForImageClassification(ViTSimpleConfig.from_pretrained(folder)).eval()
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.no_grad():
+        logits = network.to(augment.mean.device)(augment.normalize(pixels.to(augment.mean.device))).logits.cpu()
+    plot_predictions(pixels, captions(logits, targets, rows.data.labels), folder / "predictions.png")
+
+
+def share(config: TrainConfig, folder: Path, what: str) -> str:
+    """Pushes the folder; returns the commit."""
+    options = {"private": config.hub_private_repo, "license": config.license}
+    return push(folder, config.hub_model_id, commit_message=f"{what} of {folder.resolve().name}", **options)
+
+
+def check_hub(config: TrainConfig):
+    """Raises ValueError where a push at the end could only fail."""
+    if config.license is None and "license" not in inherited(Path(config.model_name_or_path or "")):
+        raise ValueError("--license: expected one beside --push_to_hub, such as apache-2.0")
+    try:
+        patiently(HfApi().whoami)
+    except NETWORK_ERRORS as error:
+        raise ValueError(f"--push_to_hub: expected a login (hf auth login, or HF_TOKEN): {error}") from error
+
+
+def record_run(config: TrainConfig, data: ImageData, folder: Path):
+    """Writes down what the card tells of a run and no other file does."""
+    path, base = config.model_name_or_path, {}
+    if path is not None:
+        base = {"base_model": path} if not Path(path).exists() else inherited(Path(path))
+        base["base_model_relation"] = "finetune" if "base_model" in base else None
+    name, revision = config.dataset_name, config.dataset_revision
+    on_hub = not Path(name).exists() and not (ROOT / name).exists()
+    if on_hub:
+        with contextlib.suppress(*NETWORK_ERRORS):
+            revision = HfApi().dataset_info(name, revision=revision).sha
+    dataset = {
+        "name": name if on_hub else Path(name).resolve().name,
+        "on_hub": on_hub,
+        "config": config.dataset_config_name,
+        "revision": revision,
+        "images": data.sizes["train"],
+    }
+    record(folder, dataset=dataset, **base)
 
 
 def evaluate_only(
@@ -368,6 +439,8 @@ def main(arguments: list[str] | None = None):
                 once=functools.partial(once, accelerator),
             )
         check_labels(config, data.labels)
+        if config.push_to_hub:
+            check_hub(config)
         check_batch_size(config, data.sizes["train"], accelerator.num_processes)
         network = build_network(config, data.labels, data.channels)
         rows, processor_content = build_rows(config, data, pair(network.config.image_size), accelerator)
@@ -393,6 +466,7 @@ def main(arguments: list[str] | None = None):
         else:
             if accelerator.is_main_process:
                 write(folder / "preprocessor_config.json", json.dumps(processor_content, indent=2) + "\n")
+                record_run(config, data, folder)
             train(config, accelerator, network, rows, augment, folder, checkpoint)
     except BadImage as error:
         raise stop(str(error)) from error
@@ -404,6 +478,12 @@ def main(arguments: list[str] | None = None):
             f"saved in {folder}; load it anywhere on this machine with\n"
             f'  transformers.pipeline("image-classification", "{folder.resolve()}", trust_remote_code=True)'
         )
+        if config.push_to_hub and accelerator.is_main_process:
+            try:
+                share(config, folder, "end")
+            except (ValueError, RuntimeError, *NETWORK_ERRORS) as error:
+                again = f"python push_to_hub.py {folder} {config.hub_model_id}"
+                raise stop(f"--push_to_hub: {error}\nthe folder is complete, to be pushed by: {again}") from error
     accelerator.wait_for_everyone()  # a gather that is still being cleaned up can deadlock gloo's end
     accelerator.end_training()
 

@@ -1,0 +1,368 @@
+"""Pushes a checkpoint's folder to the Hub in one commit, and proves in a fresh process that it loads from there.
+
+python push_to_hub.py outputs/digits your-name/vit-simple-digits --license apache-2.0
+
+The token is that of `hf auth login` or of HF_TOKEN.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from safetensors.torch import load_file
+
+from vit_simple import ViTSimpleConfig
+from vit_simple.card import RECORD, build_card, has_head, read_json
+from vit_simple.checkpoint import write
+from vit_simple.configuration_vit_simple import AUTO_MAP
+from vit_simple.layouts import gather, listed
+from vit_simple.options import ROOT
+
+CODE = ("configuration_vit_simple.py", "modeling_vit_simple.py")
+NEEDED = ("config.json", "preprocessor_config.json", *CODE)
+OPTIONAL = (RECORD, "train_config.yaml", "metrics.jsonl", "curves.png", "confusion.png", "predictions.png")
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+SECRETS = re.compile(  # tokens of the Hub, of GitHub, OpenAI and AWS, and private keys
+    rb"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[A-Z0-9]{16}\b|PRIVATE KEY-----"
+)
+SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)  # variables whose value no file may hold
+WAITS = (1, 2, 4, 8)  # seconds between tries
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+CACHES = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE"}
+NETWORK_ERRORS = HfHubHTTPError.__bases__  # the client's HTTP library's own, and OSError
+PROBE = """
+import sys, PIL.Image, torch, transformers
+from safetensors.torch import save_file
+
+source, revision, door, out, code = sys.argv[1:]
+options = {"revision": revision} if revision else {}
+processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
+if code == "remote":
+    options["trust_remote_code"] = True
+else:
+    import vit_simple
+model = getattr(transformers, door).from_pretrained(source, **options).eval()
+channels, size, draw = model.config.num_channels, model.config.image_size, torch.Generator().manual_seed(0)
+if processor.do_resize:
+    pixels = torch.randint(256, (2, 40, 60, 3), dtype=torch.uint8, generator=draw).numpy()
+    inputs = processor([PIL.Image.fromarray(image) for image in pixels], return_tensors="pt")
+else:  # arrays, which no pipeline takes
+    shape = (2, channels, *([size, size] if isinstance(size, int) else size))
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=draw).numpy()
+    inputs = processor(list(pixels), input_data_format="channels_first", return_tensors="pt")
+with torch.no_grad():
+    output = model(inputs.pixel_values)
+found = {name: output[name] for name in ("logits", "pooler_output") if name in output}
+if processor.do_resize and "logits" in output:
+    answer = transformers.pipeline("image-classification", model=source, device="cpu", top_k=10**6, **options)
+    scores = {row["label"]: row["score"] for row in answer(PIL.Image.fromarray(pixels[0]))}
+    found["scores"] = torch.tensor([scores[name] for name in model.config.id2label.values()])
+save_file(found, out)
+"""
+
+
+# Before anything is sent
+
+
+def check(folder: Path, card: str) -> tuple[list[str], list[str]]:
+    """The files of a checkpoint that may be uploaded beside its card, and what a user should be told of them.
+
+    Raises:
+        ValueError: something is missing, damaged or secret.
+    """
+    content = read_json(folder / "config.json")
+    if content.get("model_type") != ViTSimpleConfig.model_type or content.get("auto_map") != AUTO_MAP:
+        raise ValueError(f"config.json: expected model_type vit_simple with the auto_map {AUTO_MAP}")
+    config = ViTSimpleConfig.from_pretrained(folder)
+    weights = sorted(path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
+    tensors = {}
+    for name in weights:
+        if name.endswith(".safetensors"):
+            try:
+                tensors |= load_file(folder / name)
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{name}: expected a whole file of safetensors: {error}") from error
+    gather(tensors, {}, config)
+    if has_head(content) != ("head.weight" in tensors):
+        raise ValueError(f"config.json: expected architectures that fit the weights, got {content['architectures']}")
+    names = list(config.id2label.values())
+    if has_head(content) and any(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        raise ValueError(f"config.json: expected names of the labels in id2label and label2id, got {listed(names)}")
+    if not ModelCard(card, ignore_metadata_errors=True).data.license:
+        raise ValueError("--license: expected one, such as apache-2.0, since neither card nor base model names any")
+    files = [*NEEDED, *weights, *(name for name in OPTIONAL if (folder / name).is_file())]
+    refuse_secrets({name: (folder / name).read_bytes() for name in files} | {"README.md": card.encode()})
+    differing = [name for name in CODE if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
+    return files, [f"{name} is not the installed one; the checkpoint keeps its own" for name in differing]
+
+
+def refuse_secrets(files: dict[str, bytes]):
+    """Raises ValueError for a file with something that looks like a token or a key, or with one of this machine's."""
+    own = [value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) > 7]
+    own = [value.encode() for value in (*own, get_token()) if value]
+    for name, content in files.items():
+        if name.endswith(".safetensors"):  # its header: tensors have no words
+            content = content[: 8 + int.from_bytes(content[:8], "little")]
+        if SECRETS.search(content) or any(value in content for value in own):
+            raise ValueError(f"{name}: expected no secrets, got something that looks like a token or a key")
+
+
+def probe(source: str, revision: str = "", remote: bool = True, door: str = "AutoModel") -> dict[str, torch.Tensor]:
+    """What a checkpoint makes of fixed images in a fresh process with empty caches.
+
+    Args:
+        source, revision: a folder, or a repository and its commit.
+        remote: with the code of the checkpoint, else with that of the installed package.
+        door: the Auto class.
+
+    Raises:
+        ValueError: it does not load there, with what that process said last.
+    """
+    with tempfile.TemporaryDirectory() as home:
+        variables = {name: value for name, value in os.environ.items() if name not in CACHES}
+        variables |= {"HF_HOME": home, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        variables |= {"HF_TOKEN": get_token() or ""} if revision else {"HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", PROBE, source, revision, door, f"{home}/out", "remote" if remote else "local"]
+        result = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True)
+        if result.returncode:
+            raise ValueError(f"{source} does not load in a fresh process: {result.stderr.strip().splitlines()[-1]}")
+        return load_file(f"{home}/out")
+
+
+def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """The outputs that are not the same bit for bit."""
+    return [name for name in one | other if name not in one or name not in other or not one[name].equal(other[name])]
+
+
+# The Hub
+
+
+def patiently(call: Callable):
+    """What a call of the Hub's API gives; busy servers and cut connections are asked again, after longer and longer.
+
+    Raises:
+        one of NETWORK_ERRORS: another error, or the last of these.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except NETWORK_ERRORS as error:
+            if wait is None or not is_transient(error):
+                raise
+            time.sleep(retry_after(error) or wait)
+
+
+def is_transient(error: Exception) -> bool:
+    if isinstance(error, (OfflineModeIsEnabled, FileNotFoundError, PermissionError)):
+        return False
+    response = getattr(error, "response", None)  # none: no answer came
+    return response is None or response.status_code in TRANSIENT
+
+
+def retry_after(error: Exception) -> int:
+    """Seconds that the Hub asks to wait, 0 if it does not."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    told = headers.get("Retry-After", "")
+    return int(told) if told.isdecimal() else 0
+
+
+def remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, str]:
+    """The hash of each file there: sha256 of what is in LFS, else git's."""
+    rows = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
+    return {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in rows if hasattr(row, "blob_id")}
+
+
+def is_same(path: Path, remote: str | None) -> bool:
+    content = path.read_bytes()
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return remote in (git, hashlib.sha256(content).hexdigest())
+
+
+def upload(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    files: list[str],
+    parent: str,
+    message: str,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str | None:
+    """Makes the card and the files those of the repository, by one commit on `parent`; its sha, or None: they are.
+
+    Weights, code and pictures of an earlier push that the folder no longer has are deleted by it; other files stay.
+
+    Raises:
+        ValueError: the branch has moved on. Nothing was sent then.
+        one of NETWORK_ERRORS, RuntimeError: the Hub cannot be reached or refuses. Nothing was changed then.
+    """
+    there = remote_files(api, repo_id, parent)
+    changed = [name for name in files if not is_same(folder / name, there.get(name))]
+    ours = {*NEEDED, *OPTIONAL}
+    stale = [name for name in there if (name in ours or WEIGHTS.fullmatch(name)) and name not in files]
+    if not changed and not stale:
+        return None
+    requests = open_requests(api, repo_id) if create_pr else set()
+
+    def landed() -> str | None:
+        """The commit, where it was made although no answer came."""
+        if create_pr:
+            made = [sha for ref, sha in open_requests(api, repo_id) if ref not in {ref for ref, _ in requests}]
+        else:
+            made = [patiently(lambda: api.repo_info(repo_id, revision=revision)).sha]
+        for sha in made:
+            if sha == parent:
+                continue
+            now = remote_files(api, repo_id, sha)
+            if all(is_same(folder / name, now.get(name)) for name in files) and not set(stale) & set(now):
+                return sha
+            if not create_pr:
+                raise ValueError(
+                    f"{repo_id}: expected its head to be {parent} still, got {sha}: look at it, push again"
+                )
+        return None
+
+    for wait in (*WAITS, None):
+        operations = [CommitOperationAdd(name, folder / name) for name in changed]
+        operations += [CommitOperationDelete(name) for name in stale]
+        options = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": parent}
+        try:
+            return api.create_commit(repo_id, operations, **options).oid
+        except NETWORK_ERRORS as error:
+            if sha := landed():
+                return sha
+            if wait is None or not is_transient(error):
+                raise
+            time.sleep(retry_after(error) or wait)
+
+
+def open_requests(api: HfApi, repo_id: str) -> set[tuple[str, str]]:
+    """The pull requests of a repository, (ref, sha)."""
+    refs = patiently(lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
+    return {(request.ref, request.target_commit) for request in refs.pull_requests}
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    commit_message: str | None = None,
+    license: str | None = None,
+    dry_run: bool = False,
+) -> str | None:
+    """Checks a checkpoint, brings its card up to date, uploads it and loads it from there; returns the commit's sha.
+
+    Args:
+        folder: what `train.py`, `convert_checkpoint.py` or `save_pretrained` (and an image processor's) wrote.
+        repo_id: USER/NAME, made where it is new.
+        private: makes it for you alone, or expects that it is.
+        revision: branch, made where it is new; by default main.
+        create_pr: leaves the branch as it is and opens a pull request.
+        tag: set on the commit once it has proved itself.
+        license: as the Hub names it; by default that of the card or of the base model.
+        dry_run: checks alone, and says what would be uploaded.
+
+    Raises:
+        ValueError: the folder or the repository is not what it has to be. Nothing is uploaded then.
+        RuntimeError: what was uploaded does not load as the folder does; says how to go back.
+        one of NETWORK_ERRORS: the Hub cannot be reached or refuses. The repository is as it was.
+    """
+    folder = Path(folder)
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"FOLDER: expected {', '.join(NEEDED)} in {folder}, without {', '.join(missing)}")
+    card = build_card(folder, repo_id, tag, license)
+    files, notes = check(folder, card)
+    door = "AutoModelForImageClassification" if has_head(read_json(folder / "config.json")) else "AutoModel"
+    expected = probe(str(folder.resolve()), door=door)
+    if wrong := differences(expected, probe(str(folder.resolve()), door=door, remote=False)):
+        raise ValueError(
+            f"{folder}: expected what the installed package gives, its code gives other {', '.join(wrong)}"
+        )
+    for note in notes:
+        print(note)
+    if dry_run:
+        sizes = {"README.md": len(card.encode())} | {name: (folder / name).stat().st_size for name in files}
+        print("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()), card, sep="\n\n")
+        return None
+    write(folder / "README.md", card)
+
+    api = HfApi()
+    patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
+    if revision is not None:
+        patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    info = patiently(lambda: api.repo_info(repo_id, revision=revision))
+    if private and not info.private:
+        raise ValueError(f"--private: expected {repo_id} to be so or to be new, it is public")
+    tags = {ref.name: ref.target_commit for ref in patiently(lambda: api.list_repo_refs(repo_id)).tags}
+    message = commit_message or f"{folder.resolve().name}, pushed by vit_simple"
+    if tag in tags and (create_pr or tags[tag] != info.sha):
+        raise ValueError(f"--tag: expected a new one, {tag} stands at {tags[tag]}")
+    sha = upload(api, repo_id, folder, ["README.md", *files], info.sha, message, revision, create_pr)
+    if sha is None:
+        print(f"nothing to push: {api.endpoint}/{repo_id} has these files already, at {info.sha}")
+    else:
+        prove(repo_id, sha, door, expected)
+    if tag is not None and tag not in tags:
+        patiently(lambda: api.create_tag(repo_id, tag=tag, revision=sha or info.sha, exist_ok=True))
+    if sha is not None:
+        print(
+            f"{api.endpoint}/{repo_id}/tree/{sha} gives in a fresh process what {folder} gives here, bit for bit:\n"
+            f'transformers.{door}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)'
+        )
+    return sha or info.sha
+
+
+def prove(repo_id: str, sha: str, door: str, expected: dict[str, torch.Tensor]):
+    """Raises RuntimeError where a commit does not load in a fresh process, or gives other outputs."""
+    try:
+        wrong = differences(expected, probe(repo_id, sha, door=door))
+    except ValueError as error:
+        wrong = [str(error)]
+    if wrong:
+        url = f"{HfApi().endpoint}/{repo_id}"
+        raise RuntimeError(
+            f"{repo_id} at {sha} does not give what the folder gives: {', '.join(wrong)}\n"
+            f"to go back: git clone {url} && cd {repo_id.partition('/')[2]} && git revert {sha} && git push"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("push_to_hub.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", metavar="FOLDER", help="of a checkpoint")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository, made where it is new")
+    parser.add_argument("--license", help="as the Hub names it; default: that of the card or of the base model")
+    parser.add_argument("--private", action="store_true", help="make it for you alone, or expect that it is")
+    parser.add_argument("--revision", metavar="BRANCH", help="made where it is new; default: main")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request and leave the branch as it is")
+    parser.add_argument("--tag", help="for the commit, once it has proved itself")
+    parser.add_argument("--commit_message", metavar="TEXT")
+    parser.add_argument("--dry_run", action="store_true", help="check, and show the files and the card; send nothing")
+    return parser
+
+
+def main(arguments: list[str] | None = None):
+    try:
+        push(**vars(build_parser().parse_args(arguments)))
+    except (ValueError, RuntimeError, *NETWORK_ERRORS) as error:
+        raise SystemExit(f"push_to_hub.py: error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
