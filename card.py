@@ -13,6 +13,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vit_simple.checkpoint import write
@@ -61,9 +62,12 @@ def read_json(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def hardware() -> str:
@@ -99,7 +103,10 @@ def inherited(folder: Path) -> dict:
     """Licence and base model, as the card of a folder names them."""
     if not (folder / "README.md").exists():
         return {}
-    data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    try:
+        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder / 'README.md'}: expected a card of the Hub: {error}") from error
     return {name: data[name] for name in INHERITED if data.get(name)}
 
 
@@ -158,7 +165,7 @@ def card_data(folder: Path, facts: dict, config: dict, repo_id: str | None) -> d
         **{name: facts[name] for name in (*INHERITED, "base_model_relation") if facts.get(name)},
     }
     dataset, result = facts.get("dataset"), final_result(folder)
-    if dataset and dataset["on_hub"]:
+    if dataset and dataset.get("on_hub"):
         data["datasets"] = [dataset["name"]]
     if dataset and result:
         named = {name: METRICS[name] for name in METRICS if name in result}

@@ -114,6 +114,9 @@ class ViTSimpleConfig(PretrainedConfig):
             raise ValueError(f"ViTSimpleConfig.num_labels: expected a positive integer, got {kwargs['num_labels']!r}")
         for name, value in fields.items():
             setattr(self, name, value)
+        if kwargs.get("id2label"):  # in the order of the outputs: JSON has its keys as strings
+            names = kwargs["id2label"]
+            kwargs["id2label"] = {int(index): names[index] for index in sorted(names, key=int)}
         # Complete and local whichever class saves, and wherever this config came from: a saved folder stands alone.
         kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
         super().__init__(**kwargs)
@@ -224,6 +227,20 @@ def pair(value) -> tuple[int, int]:
 
 def is_count(value, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def label_maps(given: dict, stored: ViTSimpleConfig) -> dict:
+    """`given` with both maps of the labels or none: one map tells the other, a new number gets new names."""
+    given = dict(given)
+    if "id2label" not in given and "label2id" in given:
+        given["id2label"] = {index: name for name, index in given["label2id"].items()}
+    if "id2label" not in given and is_count(given.get("num_labels")):
+        count = given.pop("num_labels")
+        if count != stored.num_labels:
+            given["id2label"] = {index: f"LABEL_{index}" for index in range(count)}
+    if "id2label" in given:
+        given.setdefault("label2id", {name: int(index) for index, name in given["id2label"].items()})
+    return given
 
 
 def refuse_near_misses(keywords: dict):

@@ -6,7 +6,6 @@ python convert_checkpoint.py outputs/vit-b16 outputs/vit-b16-timm --to timm
 
 import argparse
 import json
-import math
 import pickle
 import re
 import shutil
@@ -15,7 +14,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import PIL.Image
 import safetensors
 import torch
 from huggingface_hub import ModelCardData, snapshot_download
@@ -27,30 +25,15 @@ from vit_simple import ViTSimpleConfig
 from vit_simple.card import PLACEHOLDER, build_card, inherited, read_json, record
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.layout_timm import from_timm, to_timm
-from vit_simple.layout_transformers import from_transformers, to_transformers
+from vit_simple.layout_transformers import check_type, from_transformers, to_transformers
 from vit_simple.layouts import Tensors, gather, listed
 from vit_simple.options import ROOT
-from vit_simple.prepare import open_processor, stock_processor
+from vit_simple.processors import FAMILIES, FAMILY_OF_TYPE, family_processor, fitted, for_timm, of_timm
 
-WEIGHTS = (  # files of a folder, the first kind that is there; those with a dash are parts of one checkpoint
-    *("model.safetensors", "model-*.safetensors", "*.safetensors"),
-    *("pytorch_model.bin", "pytorch_model-*.bin", "*.bin", "*.pth"),
-)
-BILINEAR, BICUBIC = PIL.Image.Resampling.BILINEAR.value, PIL.Image.Resampling.BICUBIC.value
-HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-OPENAI = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-FAMILIES = {  # resampling, part of the short side that the crop keeps (None: all is squashed), mean and deviation
-    "google": (BILINEAR, None, HALF),
-    "augreg": (BICUBIC, 0.9, HALF),
-    "deit": (BICUBIC, 0.875, IMAGENET),
-    "deit3": (BICUBIC, 0.9, IMAGENET),
-    "dino": (BICUBIC, 0.875, IMAGENET),
-    "dinov2": (BICUBIC, 0.875, IMAGENET),
-    "mae": (BICUBIC, 0.875, IMAGENET),
-    "clip": (BICUBIC, 1.0, OPENAI),
-}
-FAMILY_OF_TYPE = {"vit_mae": "mae", "dinov2": "dinov2", "dinov2_with_registers": "dinov2"}
+DESCRIPTION = ("config.json", "preprocessor_config.json", "processor_config.json", "README.md")
+SAFETENSORS = ("model.safetensors", "model-?????-of-?????.safetensors")
+PICKLES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
+WEIGHTS = (*SAFETENSORS, "*.safetensors", *PICKLES, "*.bin", "*.pth")  # the first of these that are there
 
 
 @dataclass
@@ -63,46 +46,65 @@ class Checkpoint:
     card: dict
 
 
-def find(source: str) -> tuple[Path, list[Path]]:
-    """The folder of a checkpoint, fetched from the Hub if it is no path here, and its files of weights."""
-    folder = Path(source)
-    if folder.is_file():
-        return folder.parent, [folder]
-    if not folder.exists():
-        described = ["config.json", "preprocessor_config.json", "README.md"]
+def find(source: str) -> tuple[Path | None, list[Path]]:
+    """The folder that describes a checkpoint and its files of weights; what is no path comes from the Hub.
+
+    A file of another name than those of folders stands alone: what lies beside it may be of another checkpoint.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path.parent if any(path.match(pattern) for pattern in (*SAFETENSORS, *PICKLES)) else None, [path]
+    if not path.exists():
         try:
-            folder = Path(snapshot_download(source, allow_patterns=[*described, *WEIGHTS[:2]]))
-            if not list(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(source, allow_patterns=[*described, *WEIGHTS[3:5]]))
+            path = Path(snapshot_download(source, allow_patterns=[*DESCRIPTION, *SAFETENSORS]))
+            if not list(path.glob("*.safetensors")):
+                path = Path(snapshot_download(source, allow_patterns=[*DESCRIPTION, *PICKLES]))
         except (OSError, ValueError) as error:
             raise ValueError(f"expected a file, a folder or a repository of the Hub, got {source}: {error}") from error
     for pattern in WEIGHTS:
-        files = sorted(folder.glob(pattern))
-        if len(files) > 1 and "-" not in pattern:
-            raise ValueError(f"expected one file of weights in {folder}, got {listed(file.name for file in files)}")
+        files = sorted(path.glob(pattern))
+        if len(files) > 1 and "?" not in pattern:
+            raise ValueError(f"expected one file of weights in {path}, got {listed(file.name for file in files)}")
         if files:
-            return folder, files
-    raise ValueError(f"expected a file of weights in {folder}, got {listed(sorted(p.name for p in folder.iterdir()))}")
+            return path, files
+    raise ValueError(
+        f"expected a file of weights in {path}, got {listed(sorted(file.name for file in path.iterdir()))}"
+    )
 
 
 def load_tensors(files: list[Path]) -> Tensors:
     """The tensors of files, in the memory of the files themselves; no pickle is run."""
     tensors = {}
     for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                with safetensors.safe_open(file, "pt") as opened:
-                    tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                continue
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file}: expected a whole file of nothing but tensors: {error}") from error
-        for wrapper in ("model", "state_dict"):
-            loaded = loaded.get(wrapper, loaded) if isinstance(loaded, dict) else loaded
-        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-            raise ValueError(f"{file}: expected names and tensors, got {type(loaded).__name__} with other things in it")
-        tensors |= loaded
+        found = load_safetensors(file) if file.suffix == ".safetensors" else load_pickle(file)
+        if both := tensors.keys() & found.keys():
+            raise ValueError(f"{file}: expected another part of a checkpoint, got {listed(both)} a second time")
+        tensors |= found
     return tensors
+
+
+def load_safetensors(file: Path) -> Tensors:
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: expected a whole file of safetensors: {error}") from error
+
+
+def load_pickle(file: Path) -> Tensors:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"there is {code[1]} in it, which is not loaded" if code else "it is damaged or something else"
+        raise ValueError(f"{file}: expected a file of nothing but tensors: {reason}") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    entries = loaded.items() if isinstance(loaded, dict) else [(None, loaded)]
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in entries):
+        raise ValueError(f"{file}: expected names and tensors, got {type(loaded).__name__} with other things in it")
+    return dict(loaded)
 
 
 def read(
@@ -119,31 +121,34 @@ def read(
         ValueError: it is no plain ViT, does not fit together, or is not described well enough.
     """
     folder, files = find(source)
-    tensors, content = load_tensors(files), read_json(folder / "config.json")
-    pretrained, kind = content.get("pretrained_cfg", {}), content.get("model_type")
-    if kind == ViTSimpleConfig.model_type:
+    tensors, content, processor, card = load_tensors(files), {}, {}, {}
+    if folder is not None:
+        content, processor = (read_json(folder / name) for name in DESCRIPTION[:2])
+        processor = processor or read_json(folder / "processor_config.json").get("image_processor", {})
+        card = inherited(folder)
+    kind, pretrained = content.get("model_type"), content.get("pretrained_cfg") or {}
+    if kind is not None and (num_attention_heads or hidden_act):
+        raise ValueError("--num_attention_heads and --hidden_act: expected neither, since config.json tells both")
+    if kind is None:
+        config, tensors = from_timm(content, tensors, notes, num_attention_heads, hidden_act)
+        card = ({"license": pretrained["license"]} if pretrained.get("license") else {}) | card
+    elif kind == ViTSimpleConfig.model_type:
         config = ViTSimpleConfig.from_pretrained(folder)
         tensors = gather(tensors, {}, config)
-    elif kind is not None:
-        try:
-            theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except StrictDataclassError as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from error
-        config, tensors = from_transformers(theirs, tensors, notes)
     else:
-        config, tensors = from_timm(content, tensors, notes, num_attention_heads, hidden_act)
+        config, tensors = from_transformers(open_config(folder, kind), tensors, notes)
 
-    image_size, processor = pair(config.image_size), read_json(folder / "preprocessor_config.json")
-    family = family or FAMILY_OF_TYPE.get(kind, "clip" if config.pre_norm else None)
-    if pretrained:
-        processor = of_timm(pretrained, image_size)
-    elif not processor and family is not None:
-        resample, part, scale = FAMILIES[family]
-        processor = stock_processor(image_size, part and math.floor(min(image_size) / part), resample) | scale
-    elif not processor:
-        raise ValueError(f"--family: expected one of {', '.join(FAMILIES)}, since no file tells how pixels are scaled")
-    known = {"license": pretrained.get("license"), "base_model": pretrained.get("hf_hub_id")} | inherited(folder)
-    card = {name: value for name, value in known.items() if value}
+    usual = FAMILY_OF_TYPE.get(kind, "clip" if config.pre_norm else None)
+    if family is None and pretrained:
+        processor = of_timm(pretrained, pair(config.image_size), notes)
+    elif family is not None or not processor:
+        if not (family or usual):
+            raise ValueError(
+                f"--family: expected one of {', '.join(FAMILIES)}, since no file tells how pixels are scaled"
+            )
+        if family is None:
+            notes.append(f"took the image processor of {usual}, since no file tells of another")
+        processor = family_processor(family or usual, pair(config.image_size))
     if not Path(source).exists():
         card["base_model"] = source
     if base_model is not None:
@@ -151,80 +156,13 @@ def read(
     return Checkpoint(config, tensors, fitted(processor, config, notes), card)
 
 
-def fitted(content: dict, config: ViTSimpleConfig, notes: list[str]) -> dict:
-    """preprocessor_config.json with nothing left to defaults, for images of the size that the network takes."""
-    processor, wanted = open_processor(content), pair(config.image_size)
-    cropped = bool(getattr(processor, "do_center_crop", False))
-    sizes = {"size": dict(processor.size)} | ({"crop_size": dict(processor.crop_size)} if cropped else {})
-    made = list(sizes.values())[-1]
-    made = made.get("height", made.get("shortest_edge")), made.get("width", made.get("shortest_edge"))
-    if made != wanted:
-        notes.append(f"the image processor makes {wanted} pixels, as the network takes, in the place of {made}")
-        for size in sizes.values():
-            for side, length in size.items():
-                axis = int(side == "width")
-                size[side] = round(length * wanted[axis] / made[axis])
-    return {
-        "image_processor_type": re.sub("(Fast|Pil)$", "", type(processor).__name__),
-        "do_convert_rgb": config.num_channels == 3,  # pipelines send RGB whatever this says, and need it said
-        "do_resize": processor.do_resize,
-        **sizes,
-        "resample": int(processor.resample),
-        "do_center_crop": cropped,
-        "do_rescale": processor.do_rescale,
-        "rescale_factor": processor.rescale_factor,
-        "do_normalize": processor.do_normalize,
-        "image_mean": list(processor.image_mean),
-        "image_std": list(processor.image_std),
-    }
-
-
-def of_timm(pretrained: dict, image_size: tuple[int, int]) -> dict:
-    """preprocessor_config.json for what timm's `pretrained_cfg` does to images.
-
-    Raises:
-        ValueError: a crop or an interpolation that no image processor has.
-    """
-    height, width = image_size
-    part, mode = pretrained.get("crop_pct", 0.875), pretrained.get("crop_mode", "center")
-    resample = getattr(PIL.Image.Resampling, pretrained.get("interpolation", "bicubic").upper(), None)
-    squash = part == 1 and (mode == "squash")
-    if resample is None or not (squash or (mode == "center" and height == width)):
-        raise ValueError(
-            "pretrained_cfg: expected an interpolation of pillow, and crop_mode center of square images or squash with "
-            f"crop_pct 1.0, got {pretrained.get('interpolation')}, {mode} and {part} for {image_size} pixels"
-        )
-    content = stock_processor(image_size, None if squash else math.floor(height / part), resample.value)
-    return content | {"image_mean": list(pretrained["mean"]), "image_std": list(pretrained["std"])}
-
-
-def for_timm(processor: dict, config: ViTSimpleConfig) -> dict:
-    """timm's `pretrained_cfg` for what an image processor does.
-
-    Raises:
-        ValueError: steps that timm does not take, or leaves that it always takes.
-    """
-    size, (height, width) = processor["size"], pair(config.image_size)
-    if not (processor["do_resize"] and processor["do_rescale"] and math.isclose(processor["rescale_factor"], 1 / 255)):
-        raise ValueError(f"--to timm: expected images that are resized and scaled by 1 / 255, got {processor}")
-    longer = size.get("shortest_edge", size.get("height"))
-    # The shortest number that timm cuts down to the same edge.
-    part = next(
-        part for digits in range(1, 17) if math.floor(height / (part := round(height / longer, digits))) == longer
-    )
-    normal = processor["do_normalize"]
-    return {
-        "input_size": [config.num_channels, height, width],
-        "fixed_input_size": True,
-        "interpolation": PIL.Image.Resampling(processor["resample"]).name.lower(),
-        "crop_pct": part,
-        "crop_mode": "center" if "shortest_edge" in size else "squash",
-        "mean": processor["image_mean"] if normal else [0.0] * config.num_channels,
-        "std": processor["image_std"] if normal else [1.0] * config.num_channels,
-        "pool_size": None,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
+def open_config(folder: Path, kind: str) -> PretrainedConfig:
+    """The config that transformers makes of config.json."""
+    check_type(kind)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 def described(checkpoint: Checkpoint, to: str, notes: list[str]) -> tuple[PretrainedConfig | dict, Tensors]:
@@ -247,17 +185,20 @@ def described(checkpoint: Checkpoint, to: str, notes: list[str]) -> tuple[Pretra
     return config, tensors
 
 
-def write_card(checkpoint: Checkpoint, to: str, folder: Path, notes: list[str]):
+def write_card(checkpoint: Checkpoint, config: PretrainedConfig | dict, folder: Path, notes: list[str]):
     """Writes README.md of a folder for another library: where its weights come from, and how to open it."""
-    kind = "ForImageClassification" if "head.weight" in checkpoint.tensors else ""
-    use = {
-        "transformers": f'transformers.AutoModel{kind}.from_pretrained("{PLACEHOLDER}/{folder.name}")',
-        "timm": f'timm.create_model("hf-hub:{PLACEHOLDER}/{folder.name}", pretrained=True)',
-    }
-    task = "image-classification" if kind else "image-feature-extraction"
-    data = ModelCardData(library_name=to, pipeline_tag=task, **checkpoint.card)
+    name, library = f"{PLACEHOLDER}/{folder.name}", "timm" if isinstance(config, dict) else "transformers"
+    use, classes = f'timm.create_model("hf-hub:{name}", pretrained=True)', "head.weight" in checkpoint.tensors
+    if library == "transformers":
+        (kind,) = config.architectures
+        classes = kind.endswith("ForImageClassification")
+        options = ", add_pooling_layer=False" if kind == "ViTModel" else ""
+        use = f'transformers.{kind}.from_pretrained("{name}"{options})'
+    task = "image-classification" if classes else "image-feature-extraction"
+    data = ModelCardData(library_name=library, pipeline_tag=task, **checkpoint.card)
     origin = checkpoint.card.get("base_model", "another checkpoint")
-    lines = [f"# {folder.name}", f"The weights of {origin}:", f"```python\nimport {to}\n\nmodel = {use[to]}\n```"]
+    origin = ", ".join(origin) if isinstance(origin, list) else origin
+    lines = [f"# {folder.name}", f"The weights of {origin}:", f"```python\nimport {library}\n\nmodel = {use}\n```"]
     text = "\n\n".join([*lines, *(f"- {note}" for note in notes)])
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}\n", encoding="utf-8")
 
@@ -298,7 +239,7 @@ def convert(source: str, out: str | Path, to: str = "vit_simple", **options) -> 
             record(folder, remarks=notes, **checkpoint.card)
             (folder / "README.md").write_text(build_card(folder), encoding="utf-8")
         else:
-            write_card(checkpoint, to, folder, notes)
+            write_card(checkpoint, config, folder, notes)
         folder.rename(out)
     for name, what in (("license", "licence"), ("base_model", "base model")):
         if name not in checkpoint.card:
@@ -325,7 +266,7 @@ def main(arguments: list[str] | None = None):
     options = vars(build_parser().parse_args(arguments))
     try:
         notes = convert(**options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"convert_checkpoint.py: error: {error}") from error
     print("\n".join([*notes, f"saved in {options['out']}"]))
 

@@ -1,14 +1,22 @@
 """Plain ViTs as timm writes them: the way between its tensors and config.json and ours."""
 
 import math
+import re
 
 from vit_simple import VARIANTS, ViTSimpleConfig
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.layouts import Tensors, drop, gather, listed, refuse, with_table
 
 DEIT3 = {f"blocks.*.ls{branch}.gamma": f"blocks.*.gamma_{branch}" for branch in (1, 2)}  # as its authors wrote it
-HEADS = {width: heads for width, _, heads, _ in VARIANTS.values()} | {1536: 24, 1664: 16}  # DINOv2 giant, CLIP bigG
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+HEADS = {  # of each width; DINOv2 giant has 1536, CLIP bigG 1664, the others are timm's own and TinyCLIP's
+    **{width: heads for width, _, heads, _ in VARIANTS.values()},
+    **{256: 4, 320: 5, 512: 8, 640: 10, 832: 13, 896: 14, 1152: 16, 1536: 24, 1664: 16},
+}
+OTHER_HEADS = {"vit_base_patch16_gap_224": 16}
+ACTIVATIONS = {  # timm's names, and transformers'
+    **{"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"},
+    **{"silu": "silu", "swish": "silu"},
+}
 # Arguments of timm's networks that the tensors tell of, too, or that change nothing in evaluation.
 KNOWN_ARGS = """
 img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads mlp_ratio qkv_bias init_values
@@ -34,36 +42,64 @@ def from_timm(
     Raises:
         ValueError: another family, tensors and config that do not fit, or too little to tell what the network is.
     """
-    architecture, args = content.get("architecture", ""), content.get("model_args", {})
+    architecture, args = content.get("architecture") or "", content.get("model_args") or {}
     for name in (architecture, *tensors):
         refuse(name)
     if architecture and not architecture.startswith(("vit_", "deit_", "deit3_")):
         raise ValueError(f"expected a plain ViT, whose timm name begins with vit_, deit_ or deit3_, got {architecture}")
     if unknown := set(args).difference(KNOWN_ARGS.split()):
         raise ValueError(f"expected the model_args of a plain ViT, got {listed(unknown)}")
+    alone = not content
+    if any(name.startswith("pre_logits.") for name in tensors) and "head.weight" in tensors:
+        notes.append("dropped the head, which stands on the tanh layer")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+        content = content | {"num_classes": None}
     tensors = drop(tensors, notes)
     fields = fields_of_shapes(tensors)
     fields |= fields_of_positions(content, tensors, fields)
     fields |= fields_of_head(content, tensors, fields)
-
-    width = fields["hidden_size"]
-    heads = args.get("num_heads", num_attention_heads)
-    if heads is None and width not in HEADS:
-        raise ValueError(f"--num_attention_heads: expected a number, since no published ViT is {width} wide")
-    if heads is None:
-        heads = HEADS[width]
-        notes.append(f"took {heads} attention heads, as published ViTs of width {width} have")
-    native = "QuickGELU" in str(content.get("pretrained_cfg", {}).get("notes", ""))
-    act = {timms: ours for ours, timms in ACTIVATIONS.items()}.get(args.get("act_layer"), hidden_act)
-    if act is None and fields["pre_norm"] and not architecture:
-        raise ValueError("--hidden_act: expected quick_gelu (as OpenAI trained CLIP) or gelu, since no config tells")
-    if act is None and native and "quickgelu" not in architecture:
-        notes.append("took quick_gelu, with which this file was trained; timm has gelu under the name in its config")
-    quick = "quickgelu" in architecture or native
-    act = act or ("silu" if fields["mlp"] == "swiglu" else "quick_gelu" if quick else "gelu")
+    if alone:
+        size, pooling = pair(fields["image_size"]), fields["pooling"]
+        notes.append(f"took images of {size} pixels and the pooling {pooling}, since no config tells of others")
+    fields["num_attention_heads"] = num_attention_heads or heads_of(architecture, args, fields["hidden_size"], notes)
+    fields["hidden_act"] = hidden_act or activation_of(content, fields)
     clip = "_clip_" in architecture if architecture else fields["pre_norm"]
-    config = ViTSimpleConfig(num_attention_heads=heads, hidden_act=act, layer_norm_eps=1e-5 if clip else 1e-6, **fields)
+    config = ViTSimpleConfig(layer_norm_eps=1e-5 if clip else 1e-6, **fields)
     return config, gather(tensors, DEIT3 if "blocks.0.gamma_1" in tensors else {}, config)
+
+
+def heads_of(architecture: str, args: dict, width: int, notes: list[str]) -> int:
+    """The number of attention heads, which no tensor and seldom a config tells."""
+    if args.get("num_heads"):
+        return args["num_heads"]
+    heads = OTHER_HEADS.get(architecture, HEADS.get(width))
+    if heads is None:
+        raise ValueError(
+            f"--num_attention_heads: expected it, since no file and no table tells it of a width of {width}"
+        )
+    notes.append(f"took {heads} attention heads, as published ViTs of width {width} have")
+    return heads
+
+
+def activation_of(content: dict, fields: dict) -> str:
+    """The activation of the MLP: that of the arguments, else what timm's name of the network stands for."""
+    architecture, args = content.get("architecture") or "", content.get("model_args") or {}
+    if args.get("act_layer"):
+        if args["act_layer"] not in ACTIVATIONS:
+            raise ValueError(f"act_layer: expected one of {', '.join(ACTIVATIONS)}, got {args['act_layer']}")
+        return ACTIVATIONS[args["act_layer"]]
+    if fields["mlp"] == "swiglu":
+        return "silu"
+    if "quickgelu" in architecture:
+        return "quick_gelu"
+    if fields["pre_norm"] and not architecture:
+        raise ValueError("--hidden_act: expected quick_gelu (as OpenAI trained CLIP) or gelu, since no config tells")
+    if "QuickGELU" in str((content.get("pretrained_cfg") or {}).get("notes")):
+        raise ValueError(
+            "--hidden_act: expected quick_gelu, with which this file was trained at first, or gelu, which timm takes "
+            f"for {architecture}: config.json tells of both"
+        )
+    return "gelu"
 
 
 def fields_of_shapes(tensors: Tensors) -> dict:
@@ -72,13 +108,14 @@ def fields_of_shapes(tensors: Tensors) -> dict:
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise ValueError(f"expected the tensors of a plain ViT, got {listed(tensors)} without {listed(missing)}")
-    if tensors[needed[0]].ndim != 4:
-        raise ValueError(f"{needed[0]}: expected a kernel (D, C, P, P), got {tuple(tensors[needed[0]].shape)}")
+    for name, axes in zip(needed, (4, 3, 2, 2)):
+        if tensors[name].ndim != axes:
+            raise ValueError(f"{name}: expected {axes} axes, got the shape {tuple(tensors[name].shape)}")
     kernel, _, up, down = (tensors[name] for name in needed)
     width, channels, *patch_size = kernel.shape
     return {
         "hidden_size": width,
-        "num_hidden_layers": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        "num_hidden_layers": 1 + max(int(block) for block in re.findall(r"\bblocks\.(\d+)\.", " ".join(tensors))),
         "intermediate_size": down.shape[1],
         "num_channels": channels,
         "patch_size": one_or_pair(patch_size),
@@ -97,7 +134,8 @@ def fields_of_positions(content: dict, tensors: Tensors, fields: dict) -> dict:
     """The size of the images, and whether prefix tokens have a position."""
     prefix, positions = fields["use_class_token"] + fields["num_register_tokens"], tensors["pos_embed"].shape[1]
     patch_size = pair(fields["patch_size"])
-    size = content.get("model_args", {}).get("img_size") or content.get("pretrained_cfg", {}).get("input_size", ())[1:]
+    args, pretrained = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
+    size = args.get("img_size") or pretrained.get("input_size", ())[1:]
     if size:
         rows, columns = (side // patch for side, patch in zip(pair(size), patch_size))
         return {"image_size": one_or_pair(pair(size)), "no_embed_class": bool(prefix) and positions == rows * columns}
@@ -114,7 +152,7 @@ def fields_of_positions(content: dict, tensors: Tensors, fields: dict) -> dict:
 def fields_of_head(content: dict, tensors: Tensors, fields: dict) -> dict:
     """How tokens are pooled, and the classes; a head without bias, as CLIP's projection, gets one of zeros."""
     default = "avg" if fields["fc_norm"] or not fields["use_class_token"] else "token"
-    pool = content.get("model_args", {}).get("global_pool", content.get("global_pool", default))
+    pool = (content.get("model_args") or {}).get("global_pool") or content.get("global_pool") or default
     if pool not in ("token", "avg") or (fields["fc_norm"] and pool == "token"):
         raise ValueError(f"global_pool: expected token (without fc_norm) or avg, got {pool}")
     found = {"pooling": "cls" if pool == "token" else "mean"}
@@ -147,8 +185,11 @@ def to_timm(config: ViTSimpleConfig, tensors: Tensors, notes: list[str]) -> tupl
         eps = 1e-6
     if eps not in names:
         raise ValueError(f"--to timm: expected layer_norm_eps 1e-12 or one of {list(names)}, got {eps}")
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"--to timm: expected hidden_act {list(ACTIVATIONS)}, got {config.hidden_act}")
+    activations = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    if config.hidden_act not in activations:
+        raise ValueError(f"--to timm: expected hidden_act {list(activations)}, got {config.hidden_act}")
+    if config.problem_type not in (None, "single_label_classification"):
+        notes.append(f"timm's config has no place for the problem_type {config.problem_type}")
     rows = len(tensors["blocks.0.mlp.fc1.weight"])
     ratio = rows / config.hidden_size
     content = {
@@ -173,7 +214,7 @@ def to_timm(config: ViTSimpleConfig, tensors: Tensors, notes: list[str]) -> tupl
             "reg_tokens": config.num_register_tokens,
             "pre_norm": config.pre_norm,
             "fc_norm": config.fc_norm,
-            "act_layer": ACTIVATIONS[config.hidden_act],
+            "act_layer": activations[config.hidden_act],
         },
     }
     if content["num_classes"] and set(config.id2label.values()) != {f"LABEL_{i}" for i in config.id2label}:

@@ -83,6 +83,13 @@ PLAIN = {
 }
 
 
+def check_type(kind: str):
+    """Raises ValueError for a model_type that is no plain ViT's."""
+    refuse(kind)
+    if kind not in READ:
+        raise ValueError(f"expected a plain ViT of the types {', '.join(READ)}, got {kind}")
+
+
 def from_transformers(theirs: PretrainedConfig, tensors: Tensors, notes: list[str]) -> tuple[ViTSimpleConfig, Tensors]:
     """Config and tensors of ours from those of transformers; `notes` gets a line for all that is left out.
 
@@ -90,9 +97,7 @@ def from_transformers(theirs: PretrainedConfig, tensors: Tensors, notes: list[st
         ValueError: another family, or tensors that the config does not describe.
     """
     kind, vision = theirs.model_type, getattr(theirs, "vision_config", theirs)
-    if kind not in READ:
-        refuse(kind)
-        raise ValueError(f"expected a plain ViT of the types {', '.join(READ)}, got {kind}")
+    check_type(kind)
     names, prefix = READ[kind]
     tensors = drop({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, notes)
     fields = {name: getattr(vision, name) for name in OWN_FIELDS if hasattr(vision, name)}
@@ -106,7 +111,8 @@ def from_transformers(theirs: PretrainedConfig, tensors: Tensors, notes: list[st
         fields |= read_halves(tensors, notes)
     if kind == "dinov2_with_registers" and {names["cls_token"], names["pos_embed"]} <= tensors.keys():
         table = tensors[names["pos_embed"]]
-        tensors[names["cls_token"]] = tensors[names["cls_token"]] + table[:, :1]
+        token = tensors[names["cls_token"]]
+        tensors[names["cls_token"]] = (token.float() + table[:, :1].float()).to(token.dtype)
         tensors[names["pos_embed"]] = table[:, 1:].contiguous()
         fields["no_embed_class"] = True
     if "classifier.weight" in tensors:
@@ -132,7 +138,7 @@ def read_halves(tensors: Tensors, notes: list[str]) -> dict:
     if "classifier.weight" not in tensors:
         return {}
     halves = dict(zip(("cls", "mean"), tensors["classifier.weight"].chunk(2, dim=1)))
-    used = [pooling for pooling, half in halves.items() if half.any()]
+    used = [pooling for pooling, half in halves.items() if half.any()] or ["cls"]
     if len(used) != 1:
         drop_head(tensors, notes, "on class token and mean of the patches together")
         return {}
@@ -182,6 +188,8 @@ def to_transformers(config: ViTSimpleConfig, tensors: Tensors) -> tuple[Pretrain
         names = DINOV2_GIANT if swiglu else DINOV2
     if kind == "clip_vision_model":
         fields |= {"attention_dropout": config.attention_probs_dropout_prob}
+        held |= {"qkv_bias": config.qkv_bias}
+    if kind != "vit":  # the others take the square root of the number of patches
         held |= {name: len(set(pair(getattr(config, name)))) == 1 for name in ("image_size", "patch_size")}
     if not all(held.values()):
         other = [f"{name}={getattr(config, name)!r}" for name, fits in held.items() if not fits]

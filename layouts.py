@@ -12,7 +12,7 @@ Tensors = dict[str, torch.Tensor]
 DROPPED = {  # remains of pre-training
     r"pooler\.|pre_logits\.": "the tanh layer between backbone and head",
     r"(embeddings\.)?mask_token$": "the token of masked patches",
-    r"decoder\.": "the decoder",
+    r"decoder[._]": "the decoder",
     r"text_model\.|text_projection\.|logit_scale$": "the text tower",
     r"embeddings\.position_ids$": "a table that counts",
 }
@@ -22,6 +22,7 @@ REFUSED = {  # model types of transformers, words in timm's names, tensors in ti
     r"beit.*|data2vec.*|.*attn\.(q_bias|relative_position.*)|rel_pos_bias.*": "BEiT, whose positions bias attention",
     r"swin.*|layers\.0\.blocks\..*": "Swin, whose attention stays in windows",
     r".*_rpn_.*": "a ViT with LayerNorm behind the branches",
+    r".*_(rope|dinov3|pe|lingbot)(_.*)?": "a ViT with rotary positions",
 }
 
 

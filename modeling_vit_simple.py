@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from .configuration_vit_simple import ViTSimpleConfig, pair
+from .configuration_vit_simple import ViTSimpleConfig, label_maps, pair
 
 logger = logging.get_logger(__name__)
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -221,7 +221,7 @@ class ViTSimplePreTrainedModel(PreTrainedModel):
         stored = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         if config is None:
             given = {name: kwargs.pop(name) for name in ("num_labels", *ADAPTED_FIELDS) if name in kwargs}
-            wanted = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub, **given)
+            wanted = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub, **label_maps(given, stored))
         else:
             wanted = config if isinstance(config, PretrainedConfig) else cls.config_class.from_pretrained(config)
             config = copy.deepcopy(wanted)

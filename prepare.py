@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +12,7 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
-from transformers import AutoImageProcessor, BaseImageProcessor, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
@@ -23,6 +22,7 @@ from vit_simple.data import ImageData
 from vit_simple.labels import REGRESSION, SINGLE, Labels
 from vit_simple.options import TrainConfig, unknown
 from vit_simple.pixels import Decoder
+from vit_simple.processors import open_processor, stock_processor
 from vit_simple.stream import Stream
 
 
@@ -203,41 +203,6 @@ def processor_content(
         return stock_processor(image_size) | {"do_convert_rgb": False, "do_resize": False} | scale
     crops = height == width and (cropped or config.crop_pct is not None)
     return stock_processor(image_size, round(height / (config.crop_pct or 0.875)) if crops else None)
-
-
-def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = None, resample: int = 2) -> dict:
-    """preprocessor_config.json of transformers' own processors: RGB, scaled to [-1, 1].
-
-    Args:
-        image_size: (height, width) that it makes.
-        shortest_edge: of the image before a crop to `image_size`; None: all of it is squashed to `image_size`.
-        resample: as PIL.Image.Resampling counts, 2 bilinear, 3 bicubic.
-    """
-    height, width = image_size
-    squash = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
-    crop = {
-        "image_processor_type": "BitImageProcessor",
-        "size": {"shortest_edge": shortest_edge},
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
-    }
-    return (squash if shortest_edge is None else crop) | {
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "resample": resample,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-
-
-def open_processor(content: dict) -> BaseImageProcessor:
-    """The processor that a preprocessor_config.json stands for."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(content), encoding="utf-8")
-        return AutoImageProcessor.from_pretrained(folder)
 
 
 def build_rows(

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors
@@ -289,8 +290,11 @@ def push(
     card = build_card(folder, repo_id, tag, license)
     files, notes = check(folder, card)
     door = "AutoModelForImageClassification" if has_head(read_json(folder / "config.json")) else "AutoModel"
-    expected = probe(str(folder.resolve()), door=door)
-    if wrong := differences(expected, probe(str(folder.resolve()), door=door, remote=False)):
+    with ThreadPoolExecutor() as pool:
+        expected, installed = pool.map(
+            lambda remote: probe(str(folder.resolve()), door=door, remote=remote), (True, False)
+        )
+    if wrong := differences(expected, installed):
         raise ValueError(
             f"{folder}: expected what the installed package gives, its code gives other {', '.join(wrong)}"
         )
@@ -321,8 +325,10 @@ def push(
     if tag is not None and tag not in tags:
         patiently(lambda: api.create_tag(repo_id, tag=tag, revision=sha or info.sha, exist_ok=True))
     if sha is not None:
+        request = next((ref for ref, made in open_requests(api, repo_id) if create_pr and made == sha), None)
+        where = f"discussions/{request.rpartition('/')[2]}" if request else f"tree/{sha}"
         print(
-            f"{api.endpoint}/{repo_id}/tree/{sha} gives in a fresh process what {folder} gives here, bit for bit:\n"
+            f"{api.endpoint}/{repo_id}/{where} gives in a fresh process what {folder} gives here, bit for bit:\n"
             f'transformers.{door}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)'
         )
     return sha or info.sha

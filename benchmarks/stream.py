@@ -33,7 +33,8 @@ from vit_simple.batches import Images, Process, Rows
 from vit_simple.data import load_image_data
 from vit_simple.options import TrainConfig
 from vit_simple.pixels import Decoder
-from vit_simple.prepare import open_processor, processor_content
+from vit_simple.prepare import processor_content
+from vit_simple.processors import open_processor
 from vit_simple.stream import Stream
 
 SIZE, BATCH = 224, 50

@@ -19,7 +19,8 @@ from vit_simple.data import ImageData
 from vit_simple.labels import Labels
 from vit_simple.options import ROOT, TrainConfig
 from vit_simple.pixels import Decoder
-from vit_simple.prepare import open_processor, processor_content
+from vit_simple.prepare import processor_content
+from vit_simple.processors import open_processor
 from vit_simple.train import main
 
 settings.register_profile("here", database=None, deadline=None)  # no folder is left, nothing is timed
@@ -50,6 +51,7 @@ def tiny(**fields) -> ViTSimpleForImageClassification:
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="moments at which tests/test_resume.py kills a run")
+    parser.addoption("--pushes", type=int, default=20, help="pushes of tests/test_push_to_hub.py under random faults")
 
 
 @pytest.fixture

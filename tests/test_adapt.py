@@ -82,6 +82,21 @@ def test_labels_of_the_same_number_keep_the_head(saved):
     assert opened.config.id2label == names and torch.equal(opened.head.weight, model.head.weight)
 
 
+def test_one_map_of_the_labels_tells_the_other_and_a_number_names_them_anew(saved, caplog):
+    _, path = saved(
+        num_labels=11, id2label={"10": "k", "2": "c", "0": "a", "1": "b"} | {str(n): f"x{n}" for n in range(3, 10)}
+    )
+    stored = ViTSimpleConfig.from_pretrained(path)
+    assert list(stored.id2label.values()) == ["a", "b", "c", *(f"x{n}" for n in range(3, 10)), "k"]
+    for given in ({"id2label": {0: "yes", 1: "no"}}, {"label2id": {"yes": 0, "no": 1}}):
+        config = ViTSimpleForImageClassification.from_pretrained(path, **given).config
+        assert (config.id2label, config.label2id) == ({0: "yes", 1: "no"}, {"yes": 0, "no": 1})
+    config = ViTSimpleForImageClassification.from_pretrained(path, num_labels=3).config
+    assert list(config.id2label.values()) == list(config.label2id) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert ViTSimpleForImageClassification.from_pretrained(path, num_labels=11).config.id2label == stored.id2label
+    assert all("was adapted" in record.getMessage() for record in caplog.records), caplog.text  # one short report
+
+
 def test_other_options_of_from_pretrained_still_work(saved):
     _, path = saved()
     config = ViTSimpleConfig.from_pretrained(path, image_size=24, num_labels=3)

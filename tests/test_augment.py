@@ -5,7 +5,8 @@ from PIL import Image
 
 from vit_simple.augment import OPERATIONS, Augment, TrainerCollator, mark_for_augmentation, rand_augment
 from vit_simple.options import OPTIONS, TrainConfig
-from vit_simple.prepare import open_processor, processor_content
+from vit_simple.prepare import processor_content
+from vit_simple.processors import open_processor
 
 # Each option of Augment that moves pixels, switched on.
 PIXELS = [

@@ -17,9 +17,11 @@ from transformers import AutoImageProcessor
 from conftest import TINY, run_python, tiny
 from hub import Hub
 from parity import IMAGES, assert_alike, open_folder, outputs, random
+from vit_simple import ViTSimpleConfig
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.convert_checkpoint import convert, main
 from vit_simple.layouts import DROPPED
+from vit_simple.processors import fitted, for_timm, of_timm
 
 SIZES = {name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")}
 SIZES |= {"patch_size": 4}
@@ -204,6 +206,12 @@ def test_what_no_file_tells_is_asked_for(tmp_path):
         ("transformers", {"fc_norm": True, "pooling": "mean"}, "fc_norm=True"),
         ("transformers", {"num_register_tokens": 2}, "num_register_tokens=2"),
         ("transformers", {"layerscale_value": 0.1}, "intermediate_size=48"),
+        (
+            "transformers",
+            {"layerscale_value": 0.1, "intermediate_size": 64, "image_size": (16, 36)},
+            "image_size=[16, 36]",
+        ),
+        ("transformers", {"pre_norm": True, "qkv_bias": False}, "qkv_bias=False"),
         ("transformers", {"pre_norm": True}, "head.bias"),
         ("timm", {"layer_norm_eps": 1e-3}, "layer_norm_eps"),
         ("timm", {"hidden_act": "gelu_10"}, "hidden_act"),
@@ -260,8 +268,91 @@ def test_deit3_as_its_authors_wrote_it_is_read_from_a_file_alone(tmp_path):
     names = {name: re.sub(r"ls(\d)\.gamma", r"gamma_\1", name) for name in model.state_dict()}
     torch.save({"model": {names[name]: tensor for name, tensor in model.state_dict().items()}}, tmp_path / "deit3.pth")
     told = convert(tmp_path / "deit3.pth", tmp_path / "out", family="deit3")
-    assert told[0] == "took 3 attention heads, as published ViTs of width 192 have"
+    assert told[:2] == [
+        "took images of (16, 16) pixels and the pooling cls, since no config tells of others",
+        "took 3 attention heads, as published ViTs of width 192 have",
+    ]
     assert_alike(outputs(open_folder(tmp_path / "out"), IMAGES[16]), outputs(model, IMAGES[16]))
+
+
+def test_processors_are_fitted_to_what_the_network_takes(tmp_path):
+    """Images that are not square are squashed, other channels scaled by averages, and processor_config.json is read."""
+    stored = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 20}, "resample": 3}
+    stored |= {"crop_size": {"height": 16, "width": 16}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    tiny(image_size=(16, 32), num_channels=1).save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours/processor_config.json").write_text(json.dumps({"image_processor": stored}))
+    told = convert(tmp_path / "ours", tmp_path / "out")
+    assert told[:3] == [
+        "the image processor makes (16, 32) pixels, as the network takes, in the place of (16, 16)",
+        "the image processor squashes, since images are not square",
+        "the image processor scales 1 channels by the averages of 3",
+    ]
+    written = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert (written["size"], written["do_center_crop"]) == ({"height": 16, "width": 32}, False)
+    assert written["image_mean"] == pytest.approx([0.2]) and written["image_std"] == pytest.approx([0.6])
+    (tmp_path / "ours/processor_config.json").write_text(
+        '{"image_processor": {"image_processor_type": "ViltImageProcessor"}}'
+    )
+    assert "expected ViTImageProcessor or" in nothing_written(tmp_path, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("mode, part", [("squash", 1.0), ("squash", 0.8), ("center", 0.9)])
+def test_what_timm_does_to_images_goes_there_and_back(mode, part):
+    cfg = {"mean": [0.1] * 3, "std": [0.2] * 3, "interpolation": "bicubic", "crop_pct": part, "crop_mode": mode}
+    config, notes = ViTSimpleConfig(**TINY), []
+    back = for_timm(fitted(of_timm(cfg, (16, 16), notes), config, notes), config)
+    assert cfg.items() <= back.items() and not notes
+    of_timm(cfg, (16, 32), notes)
+    assert bool(notes) == (mode == "center")
+
+
+def test_a_file_of_another_name_takes_nothing_from_its_neighbours(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    shutil.move(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
+    told = convert(tmp_path / "other.safetensors", tmp_path / "out", family="deit", num_attention_heads=4)
+    assert told[-2:] == [f"no {what} is known: the card, README.md, names none" for what in ("licence", "base model")]
+    assert "--family" in nothing_written(tmp_path, tmp_path / "other.safetensors", num_attention_heads=4)
+    shutil.copy(tmp_path / "other.safetensors", tmp_path / "model.safetensors")
+    assert "config.json tells both" in nothing_written(tmp_path, tmp_path / "model.safetensors", hidden_act="relu")
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ({"architecture": "vit_base_patch16_rope_ape_224"}, "a ViT with rotary positions"),
+        ({"architecture": "vit_base_patch16_rpn_224"}, "LayerNorm behind"),
+        ({"architecture": "vit_base_patch16_siglip_gap_224"}, "SigLIP"),
+        ({"architecture": "resnet50"}, "whose timm name begins with vit_"),
+        (
+            {"architecture": "vit_base_patch16_224", "model_args": {"qk_norm": True}},
+            "model_args of a plain ViT, got qk_norm",
+        ),
+        (
+            {"architecture": "vit_base_patch16_224", "model_args": {"act_layer": "mish"}},
+            "act_layer: expected one of gelu",
+        ),
+        (
+            {"architecture": "vit_base_patch16_224", "num_classes": 7},
+            "num_classes: expected 5, as head.weight has, got 7",
+        ),
+        ({"architecture": "vit_base_patch16_224", "global_pool": "map"}, "global_pool: expected token"),
+        ({"architecture": "vit_base_patch16_224", "label_names": ["a"]}, "label_names: expected a list of 5 names"),
+        ({"architecture": "vit_base_patch16_224", "model_args": {"img_size": 32}}, "has the shape (1, 17, 32) and not"),
+        (
+            {"architecture": "vit_base_patch16_clip_224", "pretrained_cfg": {"notes": ["natively QuickGELU"]}},
+            "--hidden_act: expected quick_gelu",
+        ),
+        ([], "config.json: expected a JSON object, got list"),
+    ],
+)
+def test_configs_of_timm_that_do_not_fit_are_refused(tmp_path, content, reason):
+    (tmp_path / "peer").mkdir()
+    save_file(tiny().state_dict(), tmp_path / "peer/model.safetensors")
+    if isinstance(content, dict):
+        content["model_args"] = {"num_heads": 4, **content.get("model_args", {})}
+    (tmp_path / "peer/config.json").write_text(json.dumps(content))
+    assert reason in nothing_written(tmp_path, tmp_path / "peer", family="deit")
 
 
 def test_half_precision_shards_and_the_card_come_along(peer, tmp_path):

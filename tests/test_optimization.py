@@ -46,7 +46,7 @@ def test_each_layer_has_the_rate_of_the_next_one_times_the_layer_decay():
     rates = {}
     for group in parameter_groups(model, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5):
         rates |= {id(parameter): group["lr"] for parameter in group["params"]}
-    depth = {"head": 0, "norm": 0, "blocks.2": 1, "blocks.1": 2, "blocks.0": 3}
+    depth = {"head": 0, "norm": 0, "fc_norm": 0, "blocks.2": 1, "blocks.1": 2, "blocks.0": 3}
     for name, parameter in model.named_parameters():
         below = next((depth[start] for start in depth if name.startswith(f"{start}.")), 4)
         assert rates[id(parameter)] == 0.5**below, name

@@ -3,7 +3,8 @@ import pytest
 from conftest import classes
 from vit_simple.augment import Augment
 from vit_simple.options import ROOT, TrainConfig, parse_config
-from vit_simple.prepare import build_model_config, open_processor, processor_content
+from vit_simple.prepare import build_model_config, processor_content
+from vit_simple.processors import open_processor
 from vit_simple.train import main
 
 

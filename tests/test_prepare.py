@@ -3,7 +3,8 @@ import torch
 
 from conftest import classes, tiny
 from vit_simple.options import TrainConfig, parse_config
-from vit_simple.prepare import build_model_config, build_network, open_processor, processor_content
+from vit_simple.prepare import build_model_config, build_network, processor_content
+from vit_simple.processors import open_processor
 
 NAMES = ["a", "b", "c"]
 

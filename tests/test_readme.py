@@ -11,7 +11,7 @@ from benchmarks.scale import table
 from conftest import run_python, tiny
 from vit_simple.convert_checkpoint import build_parser
 from vit_simple.options import ROOT, parse_config
-from vit_simple.prepare import stock_processor
+from vit_simple.processors import stock_processor
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
