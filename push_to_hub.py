@@ -17,16 +17,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import safetensors
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
 from vit_simple import ViTSimpleConfig
 from vit_simple.card import RECORD, build_card, has_head, read_json
 from vit_simple.checkpoint import write
 from vit_simple.configuration_vit_simple import AUTO_MAP
+from vit_simple.convert_checkpoint import load_tensors
 from vit_simple.layouts import gather, listed
 from vit_simple.options import ROOT
 
@@ -76,34 +76,28 @@ save_file(found, out)
 # Before anything is sent
 
 
-def check(folder: Path, card: str) -> tuple[list[str], list[str]]:
+def check(folder: Path) -> tuple[list[str], list[str]]:
     """The files of a checkpoint that may be uploaded beside its card, and what a user should be told of them.
 
     Raises:
-        ValueError: something is missing, damaged or secret.
+        ValueError: something is missing or damaged, or the labels have no names.
     """
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"FOLDER: expected {', '.join(NEEDED)} in {folder}, without {', '.join(missing)}")
     content = read_json(folder / "config.json")
     if content.get("model_type") != ViTSimpleConfig.model_type or content.get("auto_map") != AUTO_MAP:
         raise ValueError(f"config.json: expected model_type vit_simple with the auto_map {AUTO_MAP}")
     config = ViTSimpleConfig.from_pretrained(folder)
     weights = sorted(path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
-    tensors = {}
-    for name in weights:
-        if name.endswith(".safetensors"):
-            try:
-                tensors |= load_file(folder / name)
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{name}: expected a whole file of safetensors: {error}") from error
+    tensors = load_tensors([folder / name for name in weights if name.endswith(".safetensors")])
     gather(tensors, {}, config)
     if has_head(content) != ("head.weight" in tensors):
         raise ValueError(f"config.json: expected architectures that fit the weights, got {content['architectures']}")
     names = list(config.id2label.values())
     if has_head(content) and any(re.fullmatch(r"LABEL_\d+", name) for name in names):
         raise ValueError(f"config.json: expected names of the labels in id2label and label2id, got {listed(names)}")
-    if not ModelCard(card, ignore_metadata_errors=True).data.license:
-        raise ValueError("--license: expected one, such as apache-2.0, since neither card nor base model names any")
     files = [*NEEDED, *weights, *(name for name in OPTIONAL if (folder / name).is_file())]
-    refuse_secrets({name: (folder / name).read_bytes() for name in files} | {"README.md": card.encode()})
     differing = [name for name in CODE if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
     return files, [f"{name} is not the installed one; the checkpoint keeps its own" for name in differing]
 
@@ -165,10 +159,10 @@ def patiently(call: Callable):
 
 
 def is_transient(error: Exception) -> bool:
-    if isinstance(error, (OfflineModeIsEnabled, FileNotFoundError, PermissionError)):
-        return False
-    response = getattr(error, "response", None)  # none: no answer came
-    return response is None or response.status_code in TRANSIENT
+    response = getattr(error, "response", None)
+    if response is None:  # no answer came, if the HTTP library says so
+        return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
+    return response.status_code in TRANSIENT
 
 
 def retry_after(error: Exception) -> int:
@@ -190,6 +184,27 @@ def is_same(path: Path, remote: str | None) -> bool:
     return remote in (git, hashlib.sha256(content).hexdigest())
 
 
+def changes(api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str) -> tuple[list[str], list[str]]:
+    """The files that a revision has not or has other ones of, and those there that the folder no longer has.
+
+    The latter are weights, code and pictures of an earlier push; a repository may have other files, which stay.
+    """
+    there = remote_files(api, repo_id, revision)
+    ours = {*NEEDED, *OPTIONAL}
+    changed = [name for name in files if not is_same(folder / name, there.get(name))]
+    return changed, [name for name in there if (name in ours or WEIGHTS.fullmatch(name)) and name not in files]
+
+
+def look(api: HfApi, repo_id: str) -> tuple[dict[str, str], dict[str, str], bool]:
+    """The branches and the tags of a repository with their commits, and whether it is private, as a new one may be."""
+    try:
+        info = patiently(lambda: api.repo_info(repo_id))
+    except RepositoryNotFoundError:
+        return {}, {}, True
+    refs = patiently(lambda: api.list_repo_refs(repo_id))
+    return *({ref.name: ref.target_commit for ref in kind} for kind in (refs.branches, refs.tags)), info.private
+
+
 def upload(
     api: HfApi,
     repo_id: str,
@@ -199,21 +214,16 @@ def upload(
     message: str,
     revision: str | None = None,
     create_pr: bool = False,
-) -> str | None:
-    """Makes the card and the files those of the repository, by one commit on `parent`; its sha, or None: they are.
-
-    Weights, code and pictures of an earlier push that the folder no longer has are deleted by it; other files stay.
+) -> str:
+    """Makes the files those of the repository by one commit on `parent`; its sha, or `parent`, which has them.
 
     Raises:
         ValueError: the branch has moved on. Nothing was sent then.
         one of NETWORK_ERRORS, RuntimeError: the Hub cannot be reached or refuses. Nothing was changed then.
     """
-    there = remote_files(api, repo_id, parent)
-    changed = [name for name in files if not is_same(folder / name, there.get(name))]
-    ours = {*NEEDED, *OPTIONAL}
-    stale = [name for name in there if (name in ours or WEIGHTS.fullmatch(name)) and name not in files]
+    changed, stale = changes(api, repo_id, folder, files, parent)
     if not changed and not stale:
-        return None
+        return parent
     requests = open_requests(api, repo_id) if create_pr else set()
 
     def landed() -> str | None:
@@ -225,8 +235,7 @@ def upload(
         for sha in made:
             if sha == parent:
                 continue
-            now = remote_files(api, repo_id, sha)
-            if all(is_same(folder / name, now.get(name)) for name in files) and not set(stale) & set(now):
+            if not any(changes(api, repo_id, folder, files, sha)):
                 return sha
             if not create_pr:
                 raise ValueError(
@@ -284,54 +293,65 @@ def push(
         one of NETWORK_ERRORS: the Hub cannot be reached or refuses. The repository is as it was.
     """
     folder = Path(folder)
-    missing = [name for name in NEEDED if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"FOLDER: expected {', '.join(NEEDED)} in {folder}, without {', '.join(missing)}")
+    files, notes = check(folder)
     card = build_card(folder, repo_id, tag, license)
-    files, notes = check(folder, card)
-    door = "AutoModelForImageClassification" if has_head(read_json(folder / "config.json")) else "AutoModel"
-    with ThreadPoolExecutor() as pool:
-        expected, installed = pool.map(
-            lambda remote: probe(str(folder.resolve()), door=door, remote=remote), (True, False)
-        )
-    if wrong := differences(expected, installed):
-        raise ValueError(
-            f"{folder}: expected what the installed package gives, its code gives other {', '.join(wrong)}"
-        )
+    if not ModelCard(card, ignore_metadata_errors=True).data.license:
+        raise ValueError("--license: expected one, such as apache-2.0, since neither card nor base model names any")
+    refuse_secrets({name: (folder / name).read_bytes() for name in files} | {"README.md": card.encode()})
     for note in notes:
         print(note)
     if dry_run:
+        prove_here(folder)
         sizes = {"README.md": len(card.encode())} | {name: (folder / name).stat().st_size for name in files}
         print("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()), card, sep="\n\n")
         return None
-    write(folder / "README.md", card)
 
-    api = HfApi()
+    write(folder / "README.md", card)
+    files, api = ["README.md", *files], HfApi()
+    patiently(api.whoami)
+    branches, tags, is_private = look(api, repo_id)
+    if private and not is_private:
+        raise ValueError(f"--private: expected {repo_id} to be so or to be new, it is public")
+    head = branches.get(revision or "main")
+    if tag in tags and (create_pr or tags[tag] != head):
+        raise ValueError(f"--tag: expected a new one, {tag} stands at {tags[tag]}")
+    if head is not None and not any(changes(api, repo_id, folder, files, head)):
+        print(f"nothing to push: {api.endpoint}/{repo_id} has these files already, at {head}")
+        if tag is not None:
+            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=head, exist_ok=True))
+        return head
+
+    expected = prove_here(folder)
     patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
     if revision is not None:
         patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    info = patiently(lambda: api.repo_info(repo_id, revision=revision))
-    if private and not info.private:
-        raise ValueError(f"--private: expected {repo_id} to be so or to be new, it is public")
-    tags = {ref.name: ref.target_commit for ref in patiently(lambda: api.list_repo_refs(repo_id)).tags}
+    head = head or patiently(lambda: api.repo_info(repo_id, revision=revision)).sha
     message = commit_message or f"{folder.resolve().name}, pushed by vit_simple"
-    if tag in tags and (create_pr or tags[tag] != info.sha):
-        raise ValueError(f"--tag: expected a new one, {tag} stands at {tags[tag]}")
-    sha = upload(api, repo_id, folder, ["README.md", *files], info.sha, message, revision, create_pr)
-    if sha is None:
-        print(f"nothing to push: {api.endpoint}/{repo_id} has these files already, at {info.sha}")
-    else:
-        prove(repo_id, sha, door, expected)
-    if tag is not None and tag not in tags:
-        patiently(lambda: api.create_tag(repo_id, tag=tag, revision=sha or info.sha, exist_ok=True))
-    if sha is not None:
-        request = next((ref for ref, made in open_requests(api, repo_id) if create_pr and made == sha), None)
-        where = f"discussions/{request.rpartition('/')[2]}" if request else f"tree/{sha}"
-        print(
-            f"{api.endpoint}/{repo_id}/{where} gives in a fresh process what {folder} gives here, bit for bit:\n"
-            f'transformers.{door}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)'
-        )
-    return sha or info.sha
+    sha = upload(api, repo_id, folder, files, head, message, revision, create_pr)
+    prove(repo_id, sha, door_of(folder), expected)
+    if tag is not None:
+        patiently(lambda: api.create_tag(repo_id, tag=tag, revision=sha, exist_ok=True))
+    request = next((ref for ref, made in open_requests(api, repo_id) if create_pr and made == sha), None)
+    where = f"discussions/{request.rpartition('/')[2]}" if request else f"tree/{sha}"
+    print(
+        f"{api.endpoint}/{repo_id}/{where} gives in a fresh process what {folder} gives here, bit for bit:\n"
+        f'transformers.{door_of(folder)}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)'
+    )
+    return sha
+
+
+def door_of(folder: Path) -> str:
+    return "AutoModelForImageClassification" if has_head(read_json(folder / "config.json")) else "AutoModel"
+
+
+def prove_here(folder: Path) -> dict[str, torch.Tensor]:
+    """What the folder gives in a fresh process. Raises ValueError, if the installed package gives something else."""
+    ways = [(str(folder.resolve()), "", remote, door_of(folder)) for remote in (True, False)]
+    with ThreadPoolExecutor() as pool:
+        found, installed = pool.map(lambda way: probe(*way), ways)
+    if wrong := differences(found, installed):
+        raise ValueError(f"{folder}: its code and the installed package give other {', '.join(wrong)}")
+    return found
 
 
 def prove(repo_id: str, sha: str, door: str, expected: dict[str, torch.Tensor]):

@@ -135,7 +135,7 @@ def edit(folder: Path, name: str, change):
     [
         (lambda folder: (folder / "modeling_vit_simple.py").unlink(), "without modeling_vit_simple.py"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "without preprocessor_config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "expected the tensors of a plain ViT|No such file"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "pos_embed is missing"),
         (lambda folder: os.truncate(folder / "model.safetensors", 5000), "model.safetensors: expected a whole file"),
         (lambda folder: edit(folder, "config.json", lambda text: text.replace("AutoModelForIm", "AutoIm")), "auto_map"),
         (
@@ -159,16 +159,16 @@ def test_a_folder_that_is_not_fit_to_be_shared_is_refused(folder, monkeypatch, c
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     change(folder)
     with pytest.raises((ValueError, OSError), match=reason):
-        push_here(folder, NAME)
+        push_here(folder, NAME, dry_run=True)
 
 
 def test_code_that_is_not_the_installed_one_is_said_and_must_give_the_same(folder):
     edit(folder, "modeling_vit_simple.py", lambda text: text + "\n# another comment\n")
-    _, notes = check(folder, build_card(folder))
+    _, notes = check(folder)
     assert notes == ["modeling_vit_simple.py is not the installed one; the checkpoint keeps its own"]
     edit(folder, "modeling_vit_simple.py", lambda text: text.replace("d**-0.5", "d**-0.6"))
     with pytest.raises(ValueError, match="its code and the installed package give other logits, scores"):
-        push_here(folder, NAME)
+        push_here(folder, NAME, dry_run=True)
     edit(folder, "modeling_vit_simple.py", lambda text: text.replace("import copy", "import no_such_module"))
     with pytest.raises(ValueError, match=r"does not load in a fresh process: .*no_such_module"):
         probe(str(folder))
@@ -176,8 +176,8 @@ def test_code_that_is_not_the_installed_one_is_said_and_must_give_the_same(folde
 
 def test_without_a_token_or_with_a_wrong_or_foreign_one_nothing_is_changed(hub, folder, tmp_path):
     for token, reason in (
-        (None, "401"),
-        ("hf_wrong_wrong_wrong_wrong", "401"),
+        (None, "Token is required"),
+        ("hf_wrong_wrong_wrong_wrong", "Invalid user token"),
         ("hf_of_another_user_0123456789", "403"),
     ):
         result = push(hub, tmp_path, folder, NAME, token=token)
@@ -211,7 +211,7 @@ LOST = {"cut": "answer"}
 FAULTS = {  # what befalls which request, and what comes of it
     "busy": ([("/commit/", {"status": 429, "retry_after": 1})], "pushed"),
     "down": ([("/commit/", {"status": 503, "times": 2})], "pushed"),
-    "gone": ([("/commit/", {"status": 503, "times": 99})], "refused"),
+    "gone": ([("/commit/", {"status": 503, "times": 99, "retry_after": 1})], "refused"),
     "unsent": ([("/commit/", {"cut": "request"})], "pushed"),
     "halfway": ([("/commit/", {"cut": "upload"})], "pushed"),
     "lost": ([("/commit/", LOST)], "pushed"),
@@ -219,7 +219,7 @@ FAULTS = {  # what befalls which request, and what comes of it
     "half-answer": ([("/commit/", {"cut": "download"})], "pushed"),
     "slow": ([("/commit/", {"delay": 2})], "pushed"),
     "storage": ([("/storage/", {"cut": "upload", "method": "PUT"})], "pushed"),
-    "no-storage": ([("/no-storage.git/", {"status": 500, "retry_after": 0, "times": 99})], "refused"),
+    "no-storage": ([("/no-storage.git/", {"status": 400, "times": 99})], "refused"),
     "forbidden": ([("/commit/", {"status": 403})], "refused"),
     "lost-request": ([("/commit/", LOST)], "requested"),
     "overtaken": ([], "stale"),
@@ -256,7 +256,7 @@ with ThreadPoolExecutor(len(parents)) as pool:
             assert "refs/pr/2" not in repo.refs
         else:
             assert made.parent is None or end == "stale" or made.sha == parents[name]
-            assert "Error: " in ends[name] and (end != "stale" or f"got {made.sha}; look at it" in ends[name])
+            assert "Error: " in ends[name] and (end != "stale" or f"got {made.sha}: look at it" in ends[name])
         if end == "requested":
             assert repo.at("main").sha == parents[name]
 
@@ -367,6 +367,5 @@ def test_what_stands_beside_the_generated_part_of_a_card_is_kept(folder):
 
 
 def test_the_interval_is_wilsons():
-    low, high = interval(356 / 360, 360)  # as scipy.stats.binomtest(356, 360).proportion_ci(method="wilson") gives it
-    assert (low, high) == pytest.approx((0.97180, 0.99567), abs=1e-5)
-    assert interval(1.0, 10)[1] == pytest.approx(1.0) and interval(0.0, 10)[0] == pytest.approx(0.0)
+    assert interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
