@@ -51,7 +51,9 @@ def tiny(**fields) -> ViTSimpleForImageClassification:
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="moments at which tests/test_resume.py kills a run")
-    parser.addoption("--pushes", type=int, default=20, help="pushes of tests/test_push_to_hub.py under random faults")
+    older = "versions of transformers that tests/test_loading.py opens checkpoints with, beside the one installed"
+    parser.addoption("--older", default="4.57.6", help=older + "; 5.0.0 is supported, too")
+    parser.addoption("--pushes", type=int, default=10, help="pushes of tests/test_push_to_hub.py under random faults")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.scale import table
 from conftest import run_python, tiny
-from vit_simple.convert_checkpoint import build_parser
+from vit_simple import convert_checkpoint, push_to_hub
 from vit_simple.options import ROOT, parse_config
 from vit_simple.processors import stock_processor
 
@@ -51,7 +51,12 @@ def commands(script: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "script, parse, least", [("train.py", parse_config, 10), ("convert_checkpoint.py", build_parser().parse_args, 4)]
+    "script, parse, least",
+    [
+        ("train.py", parse_config, 10),
+        ("convert_checkpoint.py", convert_checkpoint.build_parser().parse_args, 4),
+        ("push_to_hub.py", push_to_hub.build_parser().parse_args, 3),
+    ],
 )
 def test_every_command_has_options_that_exist(script, parse, least):
     assert len(commands(script)) > least
