@@ -194,9 +194,10 @@ def push(
     if private and not is_private:
         raise ValueError(f"--private: expected {repo_id} to be so or to be new, it is public")
     head = branches.get(revision or "main")
-    if tag in tags and (create_pr or tags[tag] != head):
+    is_there = head is not None and not any(changes(api, repo_id, folder, files, head))
+    if tag in tags and not (is_there and tags[tag] == head):
         raise ValueError(f"--tag: expected a new one, {tag} stands at {tags[tag]}")
-    if head is not None and not any(changes(api, repo_id, folder, files, head)):
+    if is_there:
         print(f"nothing to push: {api.endpoint}/{repo_id} has these files already, at {head}")
         if tag is not None:
             patiently(lambda: api.create_tag(repo_id, tag=tag, revision=head, exist_ok=True))
