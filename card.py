@@ -110,10 +110,14 @@ def inherited(folder: Path) -> dict:
     return {name: data[name] for name in INHERITED if data.get(name)}
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+
 def final_result(folder: Path) -> dict:
     """The last test of a run or, where nothing was tested, its last validation; {} without either."""
-    file = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    rows = read_metrics(folder)
     for split in ("test", "validation"):
         found = [row for row in rows if row["split"] == split]
         if found:
@@ -149,7 +153,8 @@ def build_card(folder: Path, repo_id: str | None = None, tag: str | None = None,
         old = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
         around = re.split(f"{re.escape(BEGIN)}.*{re.escape(END)}", old.text.strip(), flags=re.DOTALL)
         text = text.join(around) if len(around) == 2 else old.text.strip()
-        kept = {name: value for name, value in old.data.to_dict().items() if name not in ("model-index", *data)}
+        measured = {"model-index"} if "eval_results" in data else set()
+        kept = {name: value for name, value in old.data.to_dict().items() if name not in measured | data.keys()}
         data |= kept | {"tags": list(dict.fromkeys([*(old.data.tags or []), *data["tags"]]))}
     if license is not None:
         data["license"] = license
@@ -219,8 +224,10 @@ def summary(folder: Path, facts: dict, config: dict) -> str:
     def sides(value):
         return " x ".join(map(str, value if isinstance(value, list) else [value, value]))
 
-    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
-        parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    parameters = 0
+    for path in folder.glob("model*.safetensors"):
+        with safetensors.safe_open(path, "pt") as file:
+            parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     base, data = facts.get("base_model"), facts.get("dataset", {}).get("name")
     way = f"fine-tuned from {base} on {data}" if base and data else f"trained on {data}" if data else ""
     way = way or (f"with the weights of {base}" if base else "")
@@ -256,31 +263,31 @@ def results(result: dict, facts: dict) -> str:
     data = facts.get("dataset", {}).get("name", "the data set")
     right = f", {result['correct']:,} of them right" if "correct" in result else ""
     weights = " with averaged weights" if result.get("weights") == "ema" else ""
-    return f"On the {result['split']} split of {data}, {result['count']:,} images{right}{weights}:\n\n" + "\n".join(
-        rows
-    )
+    lines = [f"On the {result['split']} split of {data}, {result['count']:,} images{right}{weights}:", "", *rows]
+    return "\n".join(lines)
 
 
 def training(folder: Path, facts: dict) -> str:
     """How the run was made, as far as it can be repeated."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if row["split"] == "train"]
-    lines = []
+    steps, lines = [row for row in read_metrics(folder) if row["split"] == "train"], []
     if steps:
         speeds = sorted(row["images_per_second"] for row in steps)
         lines.append(f"{steps[-1]['step']:,} steps, {steps[-1]['epoch']:.4g} epochs")
-        lines.append(f"{speeds[len(speeds) // 2]:,.0f} images per second, the median, on {facts['hardware']}")
-        if "seconds" in facts:
-            lines.append(f"{facts['seconds']:,.0f} s from the first step to the saved folder, evaluations included")
-    data = facts["dataset"]
-    revision = f" at revision `{data['revision']}`" if data["revision"] else ""
-    lines.append(f"data: {data['name']}{revision}, {data['images']:,} training images")
-    lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
-    if facts["commit"]:
+        machine = f", on {facts['hardware']}" if "hardware" in facts else ""
+        lines.append(f"{speeds[len(speeds) // 2]:,.0f} images per second, the median{machine}")
+    if "seconds" in facts:
+        lines.append(f"{facts['seconds']:,.0f} s from the first step to the saved folder, evaluations included")
+    if data := facts.get("dataset"):
+        revision = f" at revision `{data['revision']}`" if data["revision"] else ""
+        lines.append(f"data: {data['name']}{revision}, {data['images']:,} training images")
+    if "versions" in facts:
+        lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    if facts.get("commit"):
         lines.append(f"commit of vit_simple: `{facts['commit']}`")
-    commands, recipe = "\n".join(facts["commands"]), (folder / "train_config.yaml").read_text(encoding="utf-8").strip()
+    commands = "".join(f"\n```bash\n{command}\n```\n" for command in facts.get("commands", []))
+    recipe = (folder / "train_config.yaml").read_text(encoding="utf-8").strip()
     return (
-        f"{bullets(lines)}\n\n```bash\n{commands}\n```\n\n"
+        f"{bullets(lines)}\n{commands}\n"
         f"<details><summary>The whole recipe (train_config.yaml)</summary>\n\n```yaml\n{recipe}\n```\n\n</details>"
     )
 
@@ -304,4 +311,4 @@ def limits(config: dict, result: dict, facts: dict) -> str:
 
 
 def has_head(config: dict) -> bool:
-    return config["architectures"] == ["ViTSimpleForImageClassification"]
+    return config.get("architectures") == ["ViTSimpleForImageClassification"]

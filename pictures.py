@@ -71,12 +71,17 @@ def plot_confusion(counts: np.ndarray, class_names: list[str], title: str, path:
 
 def plot_predictions(pixels: torch.Tensor, captions: list[tuple[str, bool]], path: Path):
     """Writes a grid of images (B, C, H, W), uint8, of one channel or three; each with its caption, red where wrong."""
-    columns = 8
-    rows = math.ceil(len(captions) / columns)
-    figure = Figure(figsize=(1.35 * columns, 1.6 * rows), layout="constrained", dpi=150)
-    for axis in figure.subplots(rows, columns, squeeze=False).flat:
-        axis.axis("off")
-    for axis, image, (caption, right) in zip(figure.axes, pixels.permute(0, 2, 3, 1).cpu().numpy(), captions):
-        axis.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
-        axis.set_title(caption, fontsize=7, color="black" if right else "tab:red")
+    images = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    (count, height, width, channels), columns = images.shape, 8
+    rows, gap = math.ceil(count / columns), 0.2  # for a caption, as a part of the height
+    figure = Figure(figsize=(1.35 * columns, 1.35 * rows * (1 + gap) * height / width), dpi=150)
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, columns), ylim=(rows * (1 + gap), 0))
+    axis.axis("off")
+    for number, (image, (caption, right)) in enumerate(zip(images, captions)):
+        row, column = divmod(number, columns)
+        top, left = row * (1 + gap) + gap, column + 0.03
+        shown = image if channels == 3 else image[..., 0]
+        axis.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=(left, left + 0.94, top + 0.97, top), aspect="auto")
+        ink = "black" if right else "tab:red"
+        axis.text(left + 0.47, top - 0.04, caption, fontsize=7, color=ink, ha="center", va="bottom")
     figure.savefig(path)

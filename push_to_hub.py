@@ -105,43 +105,38 @@ def upload(
     changed, stale = changes(api, repo_id, folder, files, parent)
     if not changed and not stale:
         return parent
-    requests = open_requests(api, repo_id) if create_pr else set()
+    before = open_requests(api, repo_id) if create_pr else {}
 
-    def landed() -> str | None:
-        """The commit, where it was made although no answer came."""
-        if create_pr:
-            made = [sha for ref, sha in open_requests(api, repo_id) if ref not in {ref for ref, _ in requests}]
-        else:
-            made = [patiently(lambda: api.repo_info(repo_id, revision=revision)).sha]
-        for sha in made:
-            if sha == parent:
-                continue
-            if not any(changes(api, repo_id, folder, files, sha)):
-                return sha
-            if not create_pr:
-                raise ValueError(
-                    f"{repo_id}: expected its head to be {parent} still, got {sha}: look at it, push again"
-                )
-        return None
-
-    for wait in (*WAITS, None):
+    def commit() -> str:
         operations = [CommitOperationAdd(name, folder / name) for name in changed]
         operations += [CommitOperationDelete(name) for name in stale]
         options = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": parent}
         try:
             return api.create_commit(repo_id, operations, **options).oid
-        except NETWORK_ERRORS as error:
+        except NETWORK_ERRORS:
             if sha := landed():
                 return sha
-            if wait is None or not is_transient(error):
-                raise
-            time.sleep(retry_after(error) or wait)
+            raise
+
+    def landed() -> str | None:
+        """The commit, where it was made although no answer came."""
+        if create_pr:
+            made = [sha for ref, sha in open_requests(api, repo_id).items() if ref not in before]
+            return next((sha for sha in made if not any(changes(api, repo_id, folder, files, sha))), None)
+        head = patiently(lambda: api.repo_info(repo_id, revision=revision)).sha
+        if head == parent:
+            return None
+        if any(changes(api, repo_id, folder, files, head)):
+            raise ValueError(f"{repo_id}: expected its head to be {parent} still, got {head}: look at it, push again")
+        return head
+
+    return patiently(commit)
 
 
-def open_requests(api: HfApi, repo_id: str) -> set[tuple[str, str]]:
-    """The pull requests of a repository, (ref, sha)."""
+def open_requests(api: HfApi, repo_id: str) -> dict[str, str]:
+    """The pull requests of a repository: ref and commit."""
     refs = patiently(lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
-    return {(request.ref, request.target_commit) for request in refs.pull_requests}
+    return {request.ref: request.target_commit for request in refs.pull_requests}
 
 
 def push(
@@ -174,6 +169,8 @@ def push(
         one of NETWORK_ERRORS: the Hub cannot be reached or refuses. The repository is as it was.
     """
     folder = Path(folder)
+    if repo_id.count("/") != 1:
+        raise ValueError(f"USER/NAME: expected a user or an organisation and a name, got {repo_id}")
     files, notes = check(folder)
     card = build_card(folder, repo_id, tag, license)
     if not ModelCard(card, ignore_metadata_errors=True).data.license:
@@ -213,8 +210,10 @@ def push(
     prove(repo_id, sha, door_of(folder), expected)
     if tag is not None:
         patiently(lambda: api.create_tag(repo_id, tag=tag, revision=sha, exist_ok=True))
-    request = next((ref for ref, made in open_requests(api, repo_id) if create_pr and made == sha), None)
-    where = f"discussions/{request.rpartition('/')[2]}" if request else f"tree/{sha}"
+    where = f"tree/{sha}"
+    if create_pr:
+        number = next(ref.rpartition("/")[2] for ref, made in open_requests(api, repo_id).items() if made == sha)
+        where = f"discussions/{number}"
     print(
         f"{api.endpoint}/{repo_id}/{where} gives in a fresh process what {folder} gives here, bit for bit:\n"
         f'transformers.{door_of(folder)}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)'

@@ -36,6 +36,9 @@ def test_a_run_leaves_a_complete_folder(run_folder):
         "train_config.yaml",
         "curves.png",
         "confusion.png",
+        "predictions.png",
+        "provenance.json",
+        "README.md",
     }
     model = AutoModelForImageClassification.from_pretrained(run_folder)
     assert model.config.id2label == {digit: str(digit) for digit in range(10)}
@@ -43,7 +46,7 @@ def test_a_run_leaves_a_complete_folder(run_folder):
     assert [row["split"] for row in rows if row["split"] != "train"] == ["validation", "test"]
     train = [row for row in rows if row["split"] == "train"]
     assert all(0 <= row["data_wait"] < 0.5 for row in train)
-    for picture in ("curves.png", "confusion.png"):
+    for picture in ("curves.png", "confusion.png", "predictions.png"):
         assert len(Image.open(run_folder / picture).convert("RGB").getcolors(10**6)) > 20
     assert train[-1]["step"] == 40 and train[-1]["epoch"] == 1 and train[0]["images_per_second"] > 0
     assert train[-1]["loss"] < train[0]["loss"] and train[-1]["lr"] < train[0]["lr"]
