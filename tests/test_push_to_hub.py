@@ -56,14 +56,24 @@ def head(hub: Hub, revision: str = "main"):
     return hub.repos[f"models/{NAME}"].at(revision)
 
 
-def test_train_push_and_load_by_the_line_that_was_printed(hub, tmp_path):
-    options = ["--num_train_epochs", "2", "--save_steps", "40", "--output_dir", tmp_path / "digits"]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The Hub, the folder and the output of a run that pushed at a checkpoint and at the end."""
+    work = tmp_path_factory.mktemp("trained")
+    options = ["--num_train_epochs", "2", "--save_steps", "40", "--output_dir", work / "digits"]
     options += ["--push_to_hub", "--hub_model_id", NAME, "--hub_strategy", "every_save", "--license", "apache-2.0"]
-    result = call(hub, tmp_path, ROOT / "train.py", *options)
-    assert result.returncode == 0, result.stderr
+    with Hub({TOKEN: "user"}) as hub:
+        result = call(hub, work, ROOT / "train.py", *options, "--hub_private_repo")
+        assert result.returncode == 0, result.stderr
+        yield hub, work / "digits", result.stdout
+
+
+def test_train_push_and_load_by_the_line_that_was_printed(trained, tmp_path):
+    hub, folder, printed = trained
     commits = head(hub).history()[::-1]
     assert [commit.title for commit in commits] == ["initial commit", "step 40 of digits", "end of digits"]
-    pinned = re.findall(r"^transformers\.(.*)$", result.stdout, flags=re.MULTILINE)
+    assert hub.repos[f"models/{NAME}"].private
+    pinned = re.findall(r"^transformers\.(.*)$", printed, flags=re.MULTILINE)
     assert [re.search('revision="(.*?)"', line)[1] for line in pinned] == [commit.sha for commit in commits[1:]]
     for commit in commits[1:]:
         assert not any("checkpoint" in name or name.endswith((".bin", ".pt")) for name in commit.files)
@@ -84,31 +94,30 @@ for line in {pinned!r}:
     )
     assert loaded.returncode == 0, loaded.stderr
     with torch.no_grad():
-        here = ViTSimpleForImageClassification.from_pretrained(tmp_path / "digits")(torch.ones(1, 3, 8, 8)).logits
+        here = ViTSimpleForImageClassification.from_pretrained(folder)(torch.ones(1, 3, 8, 8)).logits
     first, last = map(json.loads, loaded.stdout.splitlines()[-2:])
     assert last == here.tolist() and first != last
     card = ModelCard(commits[-1].files["README.md"].decode())
     assert f'model="{NAME}"' in card.text and card.data.license == "apache-2.0"
-    said = json.loads((tmp_path / "digits/metrics.jsonl").read_text().splitlines()[-1])
+    said = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     metrics = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert metrics["top-1 accuracy"] == said["top1"] and metrics["loss"] == said["loss"]
     assert f"{said['correct']} of them right" in card.text
 
 
-def test_a_push_again_does_nothing_and_a_changed_card_goes_to_a_branch_a_tag_and_a_request(hub, folder, tmp_path):
-    first = push(hub, tmp_path, folder, NAME, "--private", "--tag", "v1")
-    assert first.returncode == 0 and hub.repos[f"models/{NAME}"].private, first.stderr
+def test_a_push_again_does_nothing_and_a_changed_card_goes_to_a_branch_a_tag_and_a_request(trained, tmp_path):
+    hub, folder, _ = trained
     before, written = head(hub), (folder / "README.md").read_text()
-    assert head(hub, "v1").sha == before.sha and 'revision="v1"' in written
-    again = push(hub, tmp_path, folder, NAME, "--private", "--tag", "v1")
+    again = push(hub, tmp_path, folder, NAME, "--private")
     assert f"nothing to push: {hub.url}/{NAME} has these files already, at {before.sha}" in again.stdout
     assert head(hub).sha == before.sha and (folder / "README.md").read_text() == written
 
     (folder / "README.md").write_text(written + "\nBy hand.\n")
-    branched = push(hub, tmp_path, folder, NAME, "--revision", "next", "--commit_message", "By hand")
-    assert branched.returncode == 0, branched.stderr
-    assert head(hub).sha == before.sha and head(hub, "next").title == "By hand"
-    assert head(hub, "next").files["README.md"].decode().endswith("\nBy hand.\n")
+    tagged = push(hub, tmp_path, folder, NAME, "--revision", "next", "--tag", "v1", "--commit_message", "By hand")
+    assert tagged.returncode == 0, tagged.stderr
+    assert head(hub).sha == before.sha and head(hub, "v1").sha == head(hub, "next").sha
+    card = head(hub, "v1").files["README.md"].decode()
+    assert head(hub, "v1").title == "By hand" and 'revision="v1"' in card and card.endswith("\nBy hand.\n")
     request = push(hub, tmp_path, folder, NAME, "--create_pr")
     assert f"{hub.url}/{NAME}/discussions/1" in request.stdout, request.stderr
     assert head(hub).sha == before.sha and head(hub, "refs/pr/1").parent.sha == before.sha
