@@ -103,16 +103,18 @@ def inherited(folder: Path) -> dict:
     """Licence and base model, as the card of a folder names them."""
     if not (folder / "README.md").exists():
         return {}
-    try:
-        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{folder / 'README.md'}: expected a card of the Hub: {error}") from error
+    file = folder / "README.md"
+    data = open_card(file.read_text(encoding="utf-8"), str(file)).data.to_dict()
     return {name: data[name] for name in INHERITED if data.get(name)}
 
 
 def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, none where there is no such file."""
     file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    try:
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{file}: expected a JSON object in each line: {error}") from error
 
 
 def final_result(folder: Path) -> dict:
@@ -135,27 +137,61 @@ def interval(part: float, count: int) -> tuple[float, float]:
 # The card
 
 
-def build_card(folder: Path, repo_id: str | None = None, tag: str | None = None, license: str | None = None) -> str:
-    """README.md of a checkpoint's folder; of one that stands there all but the part between its markers is kept.
+def open_card(text: str, file: str) -> ModelCard:
+    try:
+        return ModelCard(text, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: expected a card of the Hub: {error}") from error
+
+
+def around_marks(text: str) -> list[str]:
+    """What stands before and behind the generated part, or all of a text without one."""
+    parts = re.split(f"{re.escape(BEGIN)}.*?{re.escape(END)}", text.strip(), maxsplit=1, flags=re.DOTALL)
+    if any(mark in part for mark in (BEGIN, END) for part in parts):
+        raise ValueError(f"README.md: expected {BEGIN} and {END} once, in this order, or neither")
+    return parts
+
+
+def by_hand(card: str) -> str:
+    """What a card has beside its metadata and its generated part."""
+    return "\n".join(around_marks(open_card(card, "README.md").text)).strip() if card.strip() else ""
+
+
+def build_card(
+    folder: Path,
+    repo_id: str | None = None,
+    tag: str | None = None,
+    license: str | None = None,
+    base: str | None = None,
+) -> str:
+    """README.md of a checkpoint's folder; of one that stands there all but what was measured and generated is kept.
 
     Args:
         repo_id: USER/NAME on the Hub; without it a placeholder stands in the snippets.
         tag: to which the snippet is pinned.
         license: as the Hub names it; by default that of the card or of the base model.
+        base: another README.md to be kept in place of the folder's.
 
     Raises:
         ValueError: a file of the folder is damaged.
     """
-    facts, config = read_json(folder / RECORD), read_json(folder / "config.json")
+    facts, config, file = read_json(folder / RECORD), read_json(folder / "config.json"), folder / "README.md"
     data = card_data(folder, facts, config, repo_id)
     text = f"{BEGIN}\n{card_text(folder, facts, config, repo_id, tag)}\n{END}"
-    if (folder / "README.md").exists():
-        old = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
-        around = re.split(f"{re.escape(BEGIN)}.*{re.escape(END)}", old.text.strip(), flags=re.DOTALL)
-        text = text.join(around) if len(around) == 2 else old.text.strip()
-        measured = {"model-index"} if "eval_results" in data else set()
-        kept = {name: value for name, value in old.data.to_dict().items() if name not in measured | data.keys()}
-        data |= kept | {"tags": list(dict.fromkeys([*(old.data.tags or []), *data["tags"]]))}
+    if base is None and file.exists():
+        base = file.read_text(encoding="utf-8")
+    if base is not None and base.strip():
+        old = open_card(base, str(file))
+        around = around_marks(old.text)
+        text = text.join(around) if len(around) == 2 else around[0]
+        ours = {(result.dataset_type, result.dataset_split) for result in data.get("eval_results", [])}
+        others = [one for one in old.data.eval_results or [] if (one.dataset_type, one.dataset_split) not in ours]
+        fresh = {name: data[name] for name in ("datasets", "metrics", "base_model", "model_name") if name in data}
+        kept = {name: value for name, value in old.data.to_dict().items() if name != "model-index"}
+        data |= kept | fresh
+        if others:
+            data |= {"model_name": data.get("model_name", old.data.model_name)}
+            data["eval_results"] = [*data.get("eval_results", []), *others]
     if license is not None:
         data["license"] = license
     return f"---\n{ModelCardData(**data).to_yaml()}\n---\n{text}\n"
@@ -165,7 +201,7 @@ def card_data(folder: Path, facts: dict, config: dict, repo_id: str | None) -> d
     """The metadata of the card, by which the Hub finds and shows a checkpoint."""
     data = {
         "library_name": "transformers",
-        "pipeline_tag": "image-classification" if has_head(config) else "image-feature-extraction",
+        "pipeline_tag": task_of(config),
         "tags": ["vision", "vit", "vit_simple"],
         **{name: facts[name] for name in (*INHERITED, "base_model_relation") if facts.get(name)},
     }
@@ -173,16 +209,16 @@ def card_data(folder: Path, facts: dict, config: dict, repo_id: str | None) -> d
     if dataset and dataset.get("on_hub"):
         data["datasets"] = [dataset["name"]]
     if dataset and result:
-        named = {name: METRICS[name] for name in METRICS if name in result}
+        named = {name: METRICS[name] for name in measured(result, config)}
         data["metrics"] = list(dict.fromkeys(kind for kind, _ in named.values()))
         data["model_name"] = (repo_id or folder.name).rpartition("/")[2]
         data["eval_results"] = [
             EvalResult(
                 task_type="image-classification",
-                dataset_type=dataset["name"],
+                dataset_type=dataset["name"] if dataset.get("on_hub") else "imagefolder",
                 dataset_name=dataset["name"],
                 dataset_config=dataset["config"],
-                dataset_split=result["split"],
+                dataset_split=result["split"] if result["split"] == "test" else None,  # others may be held out of train
                 dataset_revision=dataset["revision"],
                 metric_type=kind,
                 metric_name=title,
@@ -201,8 +237,8 @@ def card_text(folder: Path, facts: dict, config: dict, repo_id: str | None, tag:
         f"# {name.rpartition('/')[2]}",
         summary(folder, facts, config),
         "## Use",
-        use(config, name, tag),
-        *(["## Results", results(result, facts)] if result else []),
+        use(config, read_json(folder / "preprocessor_config.json"), name, tag),
+        *(["## Results", results(result, facts, config, read_metrics(folder)[-1]["step"])] if result else []),
         *pictures,
         *(["## Training", training(folder, facts)] if (folder / "train_config.yaml").exists() else []),
         *(["## Conversion", bullets(facts["remarks"])] if facts.get("remarks") else []),
@@ -238,33 +274,38 @@ def summary(folder: Path, facts: dict, config: dict) -> str:
     )
 
 
-def use(config: dict, name: str, tag: str | None) -> str:
+def use(config: dict, processor: dict, name: str, tag: str | None) -> str:
     """One line that opens the checkpoint, and how to pin it."""
-    task = "image-classification" if has_head(config) else "image-feature-extraction"
     pin = f', revision="{tag}"' if tag else ""
     raw = ', function_to_apply="none"' if config.get("problem_type") == "regression" else ""
     advice = "" if tag else ' Add `revision="..."`, a commit of this repository, and both stay what they are today.'
+    task, line = task_of(config), f'pipeline("{task_of(config)}", model="{name}"{pin}{raw}, trust_remote_code=True)'
+    names, line = "pipeline", f'answers = {line}("picture.png")'
+    if processor.get("do_resize") is False or task == "image-feature-extraction":  # arrays, or features: no pipeline
+        names = "AutoModelForImageClassification" if has_head(config) else "AutoModel"
+        line = f'model = {names}.from_pretrained("{name}"{pin}, trust_remote_code=True)'
     return (
-        "```python\nfrom transformers import pipeline\n\n"
-        f'answers = pipeline("{task}", model="{name}"{pin}{raw}, trust_remote_code=True)("picture.png")\n```\n\n'
+        f"```python\nfrom transformers import {names}\n\n{line}\n```\n\n"
         f"`trust_remote_code=True` runs the two model files of this repository.{advice}"
     )
 
 
-def results(result: dict, facts: dict) -> str:
+def results(result: dict, facts: dict, config: dict, last_step: int) -> str:
     """A table of the metrics, with intervals for those that are parts of a number of images."""
     rows = ["| metric | value | 95 % interval |", "|---|---|---|"]
-    for name, (_, title) in METRICS.items():
-        if name in ("top1", "top5") and name in result:
+    for name in measured(result, config):
+        title = METRICS[name][1]
+        if name in ("top1", "top5"):
             low, high = interval(result[name], result["count"])
             rows.append(f"| {title} | {100 * result[name]:.2f} % | {100 * low:.2f} to {100 * high:.2f} % |")
-        elif name in result:
+        else:
             rows.append(f"| {title} | {result[name]:.4g} | |")
     data = facts.get("dataset", {}).get("name", "the data set")
     right = f", {result['correct']:,} of them right" if "correct" in result else ""
     weights = " with averaged weights" if result.get("weights") == "ema" else ""
-    lines = [f"On the {result['split']} split of {data}, {result['count']:,} images{right}{weights}:", "", *rows]
-    return "\n".join(lines)
+    when = "" if result["step"] == last_step else f", as measured at step {result['step']:,}"
+    what = f"On {result['count']:,} {result['split']} images of {data}{right}{weights}{when}:"
+    return "\n".join([what, "", *rows])
 
 
 def training(folder: Path, facts: dict) -> str:
@@ -300,11 +341,13 @@ def limits(config: dict, result: dict, facts: dict) -> str:
         lines.append(f"It is meant for images like those of {data}, and as a start for fine-tuning.")
     if not has_head(config):
         lines.append("It gives features, no classes.")
+    elif task_of(config) == "image-feature-extraction":
+        lines.append("Its logits are features, no classes.")
     elif config.get("problem_type") is None and len(names) > 1:
         known = ", ".join(names) if len(names) <= 20 else f"{len(names):,} classes"
         lines.append(f"It takes every picture for one of these: {known}; also one that shows nothing of the kind.")
     if result:
-        lines.append(f"Nothing was measured but the {result['split']} split above: no other data, no groups of people.")
+        lines.append("Nothing was measured on other data, and nothing for groups of people.")
     elif facts.get("base_model"):
         lines.append(f"Nothing was measured here; what holds for {facts['base_model']} holds for it.")
     return "\n".join(lines) or "Nothing was measured."
@@ -312,3 +355,15 @@ def limits(config: dict, result: dict, facts: dict) -> str:
 
 def has_head(config: dict) -> bool:
     return config.get("architectures") == ["ViTSimpleForImageClassification"]
+
+
+def task_of(config: dict) -> str:
+    """What the Hub calls the task; the logits of CLIP's projection are features."""
+    features = all(re.fullmatch(r"feature \d+", name) for name in config.get("id2label", {"": ""}).values())
+    return "image-classification" if has_head(config) and not features else "image-feature-extraction"
+
+
+def measured(result: dict, config: dict) -> list[str]:
+    """The metrics of a result that say something; of five classes and less, the first five are always right."""
+    few = len(config.get("id2label", {})) <= 5
+    return [name for name in METRICS if name in result and not (name == "top5" and few)]

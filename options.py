@@ -144,6 +144,8 @@ class TrainConfig:
             raise ValueError("--crop_pct: expected none beside --model_name_or_path, which has its own image processor")
         if self.push_to_hub != (self.hub_model_id is not None):
             raise ValueError("--hub_model_id and --push_to_hub: expected both, or neither")
+        if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
+            raise ValueError(f"--hub_model_id: expected USER/NAME, got {self.hub_model_id}")
         if self.eval_only and self.model_name_or_path is None:
             raise ValueError("--eval_only: expected --model_name_or_path, the checkpoint to evaluate")
 

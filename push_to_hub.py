@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from vit_simple.card import build_card
+from vit_simple.card import build_card, by_hand
 from vit_simple.checkpoint import write
 from vit_simple.verify import NEEDED, OPTIONAL, WEIGHTS, check, differences, door_of, probe, prove_here, refuse_secrets
 
@@ -50,7 +50,7 @@ def retry_after(error: Exception) -> int:
     """Seconds that the Hub asks to wait, 0 if it does not."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     told = headers.get("Retry-After", "")
-    return int(told) if told.isdecimal() else 0
+    return min(int(told), 60) if told.isdecimal() else 0
 
 
 def remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, str]:
@@ -71,7 +71,7 @@ def changes(api: HfApi, repo_id: str, folder: Path, files: list[str], revision: 
     The latter are weights, code and pictures of an earlier push; a repository may have other files, which stay.
     """
     there = remote_files(api, repo_id, revision)
-    ours = {*NEEDED, *OPTIONAL}
+    ours = {*NEEDED, *OPTIONAL, "processor_config.json"}  # the last would be preferred to the one that is pushed
     changed = [name for name in files if not is_same(folder / name, there.get(name))]
     return changed, [name for name in there if (name in ours or WEIGHTS.fullmatch(name)) and name not in files]
 
@@ -84,6 +84,15 @@ def look(api: HfApi, repo_id: str) -> tuple[dict[str, str], dict[str, str], bool
         return {}, {}, True
     refs = patiently(lambda: api.list_repo_refs(repo_id))
     return *({ref.name: ref.target_commit for ref in kind} for kind in (refs.branches, refs.tags)), info.private
+
+
+def card_there(api: HfApi, repo_id: str, revision: str) -> str:
+    """README.md of a revision, "" if it has none."""
+    try:
+        path = patiently(lambda: api.hf_hub_download(repo_id, "README.md", revision=revision))
+    except EntryNotFoundError:
+        return ""
+    return Path(path).read_text(encoding="utf-8")
 
 
 def upload(
@@ -175,7 +184,9 @@ def push(
     card = build_card(folder, repo_id, tag, license)
     if not ModelCard(card, ignore_metadata_errors=True).data.license:
         raise ValueError("--license: expected one, such as apache-2.0, since neither card nor base model names any")
-    refuse_secrets({name: (folder / name).read_bytes() for name in files} | {"README.md": card.encode()})
+    message = commit_message or f"{folder.resolve().name}, pushed by vit_simple"
+    words = {"README.md": card.encode(), "--commit_message": message.encode()}
+    refuse_secrets({name: (folder / name).read_bytes() for name in files} | words)
     for note in notes:
         print(note)
     if dry_run:
@@ -184,55 +195,64 @@ def push(
         print("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()), card, sep="\n\n")
         return None
 
-    write(folder / "README.md", card)
     files, api = ["README.md", *files], HfApi()
     patiently(api.whoami)
     branches, tags, is_private = look(api, repo_id)
     if private and not is_private:
         raise ValueError(f"--private: expected {repo_id} to be so or to be new, it is public")
     head = branches.get(revision or "main")
-    is_there = head is not None and not any(changes(api, repo_id, folder, files, head))
+    there = card_there(api, repo_id, head) if head else ""
+    if by_hand(there) and not by_hand(card):
+        print("README.md keeps what was written there by hand")
+        card = build_card(folder, repo_id, tag, license, there)
+    elif by_hand(there) not in ("", by_hand(card)):
+        print(f"README.md there has other words by hand; they stay in {head}")
+    write(folder / "README.md", card)
+    heads = [head] if head is not None else []
+    if create_pr and heads:
+        heads += open_requests(api, repo_id).values()
+    head_there = next((sha for sha in heads if not any(changes(api, repo_id, folder, files, sha))), None)
+    is_there = head_there is not None
     if tag in tags and not (is_there and tags[tag] == head):
         raise ValueError(f"--tag: expected a new one, {tag} stands at {tags[tag]}")
     if is_there:
-        print(f"nothing to push: {api.endpoint}/{repo_id} has these files already, at {head}")
+        print(f"nothing to push: {api.endpoint}/{repo_id} has these files already, at {head_there}")
         if tag is not None:
-            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=head, exist_ok=True))
-        return head
+            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=head_there, exist_ok=True))
+        return head_there
 
     expected = prove_here(folder)
     patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
     if revision is not None:
         patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
     head = head or patiently(lambda: api.repo_info(repo_id, revision=revision)).sha
-    message = commit_message or f"{folder.resolve().name}, pushed by vit_simple"
     sha = upload(api, repo_id, folder, files, head, message, revision, create_pr)
-    prove(repo_id, sha, door_of(folder), expected)
-    if tag is not None:
-        patiently(lambda: api.create_tag(repo_id, tag=tag, revision=sha, exist_ok=True))
     where = f"tree/{sha}"
     if create_pr:
         number = next(ref.rpartition("/")[2] for ref, made in open_requests(api, repo_id).items() if made == sha)
         where = f"discussions/{number}"
+    url, name = f"{api.endpoint}/{repo_id}", repo_id.rpartition("/")[2]
+    branch = f" -b {revision}" if revision else ""
+    back = f"git clone{branch} {url} && cd {name} && git revert {sha} && git push"
+    prove(repo_id, sha, door_of(folder), expected, f"close {url}/{where}" if create_pr else back)
+    if tag is not None:
+        patiently(lambda: api.create_tag(repo_id, tag=tag, revision=sha, exist_ok=True))
     print(
-        f"{api.endpoint}/{repo_id}/{where} gives in a fresh process what {folder} gives here, bit for bit:\n"
+        f"{url}/{where} gives in a fresh process what {folder} gives here, bit for bit:\n"
         f'transformers.{door_of(folder)}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)'
     )
     return sha
 
 
-def prove(repo_id: str, sha: str, door: str, expected: dict[str, torch.Tensor]):
-    """Raises RuntimeError where a commit does not load in a fresh process, or gives other outputs."""
+def prove(repo_id: str, sha: str, door: str, expected: dict[str, torch.Tensor], back: str):
+    """Raises RuntimeError, with the way back, where a commit does not load in a fresh process as the folder does."""
     try:
         wrong = differences(expected, probe(repo_id, sha, door=door))
     except ValueError as error:
         wrong = [str(error)]
     if wrong:
-        url = f"{HfApi().endpoint}/{repo_id}"
-        raise RuntimeError(
-            f"{repo_id} at {sha} does not give what the folder gives: {', '.join(wrong)}\n"
-            f"to go back: git clone {url} && cd {repo_id.partition('/')[2]} && git revert {sha} && git push"
-        )
+        wrong = ", ".join(wrong)
+        raise RuntimeError(f"{repo_id} at {sha} does not give what the folder gives: {wrong}\nto go back: {back}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -254,14 +254,14 @@ def train(
         except (OSError, RuntimeError, SafetensorError) as error:
             raise stop(f"step {done} cannot be saved: {error}; {last_good(folder)}") from error
         if config.hub_strategy == "every_save" and config.push_to_hub:
-            with meter.pause(), averaged.in_place() if averaged else contextlib.nullcontext():
-                export()
-            if main_process:
-                write(folder / "README.md", build_card(folder, config.hub_model_id, license=config.license))
-                try:
-                    share(config, folder, f"step {done}")
-                except (ValueError, RuntimeError, *NETWORK_ERRORS) as error:
-                    progress.write(f"step {done} was not pushed: {error}")  # the next may be
+            with meter.pause():
+                with averaged.in_place() if averaged else contextlib.nullcontext():
+                    export()
+                if main_process:
+                    try:
+                        share(config, folder, f"step {done}")
+                    except (ValueError, RuntimeError, *NETWORK_ERRORS) as error:
+                        progress.write(f"step {done} on the Hub: {error}")  # the next may do better
 
     def export():
         """The weights that the network has now, its config and its code; called by every process."""
@@ -331,6 +331,8 @@ def train(
         log(total_steps, "test", weights=best, **result.values, per_class=per_class)
         accelerator.print(table("end", {"test " + best: result}))
     else:
+        if split:
+            log(total_steps, split, weights=best, **result.values)  # of the weights that are saved
         accelerator.print("no labelled test split: nothing was tested")
     if main_process:
         plot_curves(folder)
@@ -362,9 +364,18 @@ def share(config: TrainConfig, folder: Path, what: str) -> str:
     return push(folder, config.hub_model_id, commit_message=f"{what} of {folder.resolve().name}", **options)
 
 
+def base_of(path: str | None) -> dict:
+    """Licence and base model of a run that goes on from a checkpoint, in a folder or on the Hub."""
+    if path is None or Path(path).exists():
+        return inherited(Path(path)) if path else {}
+    with contextlib.suppress(ValueError, *NETWORK_ERRORS):
+        return inherited(Path(hf_hub_download(path, "README.md")).parent) | {"base_model": path}
+    return {"base_model": path}
+
+
 def check_hub(config: TrainConfig):
     """Raises ValueError where a push at the end could only fail."""
-    if config.license is None and "license" not in inherited(Path(config.model_name_or_path or "")):
+    if config.license is None and "license" not in base_of(config.model_name_or_path):
         raise ValueError("--license: expected one beside --push_to_hub, such as apache-2.0")
     try:
         patiently(HfApi().whoami)
@@ -374,10 +385,8 @@ def check_hub(config: TrainConfig):
 
 def record_run(config: TrainConfig, data: ImageData, folder: Path):
     """Writes down what the card tells of a run and no other file does."""
-    path, base = config.model_name_or_path, {}
-    if path is not None:
-        base = {"base_model": path} if not Path(path).exists() else inherited(Path(path))
-        base["base_model_relation"] = "finetune" if "base_model" in base else None
+    base = base_of(config.model_name_or_path)
+    base["base_model_relation"] = "finetune" if "base_model" in base else None
     name, revision = config.dataset_name, config.dataset_revision
     on_hub = not Path(name).exists() and not (ROOT / name).exists()
     if on_hub:

@@ -23,10 +23,12 @@ CODE = ("configuration_vit_simple.py", "modeling_vit_simple.py")
 NEEDED = ("config.json", "preprocessor_config.json", *CODE)
 OPTIONAL = (RECORD, "train_config.yaml", "metrics.jsonl", "curves.png", "confusion.png", "predictions.png")
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-SECRETS = re.compile(  # tokens of the Hub, of GitHub, OpenAI and AWS, and private keys
-    rb"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[A-Z0-9]{16}\b|PRIVATE KEY-----"
+SECRETS = re.compile(  # of the Hub, GitHub, GitLab, Slack, OpenAI, Google and AWS; private keys; passwords in addresses
+    rb"\b(hf|api_org|gh[pousr]|github_pat)_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_-]{20,}|\bxox[abeprs]-[A-Za-z0-9-]{10,}"
+    rb"|\bsk-(?=\S*\d)(?=\S*[A-Z])[A-Za-z0-9_-]{20,}|\bAIza[A-Za-z0-9_-]{35}|\b(AKIA|ASIA)[A-Z0-9]{16}\b"
+    rb"|PRIVATE KEY( BLOCK)?-----|://[^/\s:@]+:[^/\s:@]+@"
 )
-SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)  # variables whose value no file may hold
+SECRET_NAMES = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY)$", re.IGNORECASE)  # of variables
 CACHES = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE"}
 PROBE = """
 import sys, PIL.Image, torch, transformers
@@ -50,7 +52,7 @@ else:  # arrays, which no pipeline takes
     inputs = processor(list(pixels), input_data_format="channels_first", return_tensors="pt")
 with torch.no_grad():
     output = model(inputs.pixel_values)
-found = {name: output[name] for name in ("logits", "pooler_output") if name in output}
+found = {name: output[name].contiguous() for name in ("logits", "pooler_output") if name in output}
 if processor.do_resize and "logits" in output:
     answer = transformers.pipeline("image-classification", model=source, device="cpu", top_k=10**6, **options)
     scores = {row["label"]: row["score"] for row in answer(PIL.Image.fromarray(pixels[0]))}
@@ -76,7 +78,9 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
     tensors = load_tensors([folder / name for name in weights if name.endswith(".safetensors")])
     gather(tensors, {}, config)
     if has_head(content) != ("head.weight" in tensors):
-        raise ValueError(f"config.json: expected architectures that fit the weights, got {content['architectures']}")
+        raise ValueError(
+            f"config.json: expected architectures that fit the weights, got {content.get('architectures')}"
+        )
     names = list(config.id2label.values())
     if has_head(content) and any(re.fullmatch(r"LABEL_\d+", name) for name in names):
         raise ValueError(f"config.json: expected names of the labels in id2label and label2id, got {listed(names)}")
@@ -87,13 +91,15 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
 
 def refuse_secrets(files: dict[str, bytes]):
     """Raises ValueError for a file with something that looks like a token or a key, or with one of this machine's."""
-    own = [value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) > 7]
-    own = [value.encode() for value in (*own, get_token()) if value]
-    for name, content in files.items():
-        if name.endswith(".safetensors"):  # its header: tensors have no words
+    own = {name: value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) > 7}
+    own |= {"the Hub's token": token} if (token := get_token()) else {}
+    for file, content in files.items():
+        if file.endswith(".safetensors"):  # its header: tensors have no words
             content = content[: 8 + int.from_bytes(content[:8], "little")]
-        if SECRETS.search(content) or any(value in content for value in own):
-            raise ValueError(f"{name}: expected no secrets, got something that looks like a token or a key")
+        named = next((name for name, value in own.items() if value.encode() in content), None)
+        if named or SECRETS.search(content):
+            what = f"the value of {named}" if named else "something that looks like a token, a key or a password"
+            raise ValueError(f"{file}: expected no secrets, got {what}")
 
 
 def probe(source: str, revision: str = "", remote: bool = True, door: str = "AutoModel") -> dict[str, torch.Tensor]:

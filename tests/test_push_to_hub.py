@@ -1,5 +1,6 @@
 """A folder is pushed over HTTP to the Hub of hub.py by the real client, whatever befalls the connection."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
-from conftest import DIGITS, environment_without_package
+from conftest import DIGITS, environment_without_package, tiny
 from hub import Fault, Hub
-from vit_simple import ViTSimpleForImageClassification
-from vit_simple.card import BEGIN, END, build_card, interval
+from vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
+from vit_simple.card import BEGIN, END, build_card, by_hand, interval
 from vit_simple.options import ROOT
 from vit_simple.push_to_hub import push as push_here
-from vit_simple.verify import check, probe
+from vit_simple.verify import check, probe, refuse_secrets
 
 TOKEN = "hf_plantedplantedplantedplanted"
 NAME = "user/digits"
@@ -121,7 +122,21 @@ def test_a_push_again_does_nothing_and_a_changed_card_goes_to_a_branch_a_tag_and
     request = push(hub, tmp_path, folder, NAME, "--create_pr")
     assert f"{hub.url}/{NAME}/discussions/1" in request.stdout, request.stderr
     assert head(hub).sha == before.sha and head(hub, "refs/pr/1").parent.sha == before.sha
+    assert "nothing to push" in push(hub, tmp_path, folder, NAME, "--create_pr").stdout
     assert "--tag: expected a new one, v1 stands at" in push(hub, tmp_path, folder, NAME, "--tag", "v1").stderr
+
+    code = f"""
+from transformers import AutoModelForImageClassification
+for revision in ("main", "next", "v1", "refs/pr/1"):
+    AutoModelForImageClassification.from_pretrained("{NAME}", revision=revision, trust_remote_code=True)
+    print("opened", revision)
+try:
+    AutoModelForImageClassification.from_pretrained("{NAME}", token=False, force_download=True, trust_remote_code=True)
+except OSError as error:
+    print("private:", str(error).splitlines()[0])
+"""
+    opened = call(hub, tmp_path, "-c", code).stdout
+    assert opened.count("opened") == 4 and f"private: {NAME} is not a local folder" in opened
 
 
 def test_a_dry_run_shows_the_files_and_the_card_and_sends_nothing(hub, folder, tmp_path):
@@ -159,7 +174,7 @@ def edit(folder: Path, name: str, change):
             "train_config.yaml: e",
         ),
         (
-            lambda folder: edit(folder, "README.md", lambda text: text + "sk-" + "a" * 30),
+            lambda folder: edit(folder, "README.md", lambda text: text + "sk-" + "aB3" * 10),
             "README.md: expected no secrets",
         ),
     ],
@@ -213,6 +228,7 @@ def tried(name, parent, number=1, **options):
         return f"{type(error).__name__}: {error}"
 """
 LOST = {"cut": "answer"}
+STALE = {"model-00001-of-00002.safetensors": b"stale", "processor_config.json": b"stale"}
 FAULTS = {  # what befalls which request, and what comes of it
     "busy": ([("/commit/", {"status": 429, "retry_after": 1})], "pushed"),
     "down": ([("/commit/", {"status": 503, "times": 2})], "pushed"),
@@ -234,7 +250,7 @@ FAULTS = {  # what befalls which request, and what comes of it
 def test_every_fault_ends_in_one_commit_or_in_an_error_with_the_hub_as_it_was(hub, tmp_path):
     parents = {}
     for name, (faults, end) in FAULTS.items():
-        repo = hub.create(f"models/user/{name}", {"model-00001-of-00002.safetensors": b"stale", "NOTES.md": b"theirs"})
+        repo = hub.create(f"models/user/{name}", dict(STALE, **{"NOTES.md": b"theirs"}))
         parents[name] = repo.at("main").sha
         if end == "stale":
             repo.add("refs/heads/main", {**repo.at("main").files, "config.json": b"theirs"}, "theirs")
@@ -257,7 +273,7 @@ with ThreadPoolExecutor(len(parents)) as pool:
         if end in ("pushed", "requested"):
             assert made.sha == ends[name] and made.parent.sha == parents[name], ends[name]
             assert {path: made.files[path] for path in files} == files
-            assert "NOTES.md" in made.files and "model-00001-of-00002.safetensors" not in made.files
+            assert "NOTES.md" in made.files and not STALE.keys() & made.files.keys()
             assert "refs/pr/2" not in repo.refs
         else:
             assert made.parent is None or end == "stale" or made.sha == parents[name]
@@ -349,7 +365,10 @@ main([*common, "--output_dir", "stream", "--streaming", "--license", "mit"])
     for name in ("whole", "stream"):
         card = ModelCard.load(tmp_path / name / "README.md")
         assert card.data.datasets == ["user/digits"] and f"revision `{commit.sha}`" in card.text
-        assert card.data.eval_results[0].dataset_revision == commit.sha and "360 images" in card.text
+        assert (
+            card.data.eval_results[0].dataset_revision == commit.sha
+            and "On 360 test images of user/digits" in card.text
+        )
 
 
 def test_what_stands_beside_the_generated_part_of_a_card_is_kept(folder):
@@ -369,6 +388,70 @@ def test_what_stands_beside_the_generated_part_of_a_card_is_kept(folder):
     (folder / "README.md").write_text("---\nlicense: mit\n---\nAll by hand.\n")
     card = ModelCard(build_card(folder))
     assert card.text.strip() == "All by hand." and card.data.library_name == "transformers"
+
+
+def test_metadata_by_hand_is_kept_and_results_of_other_data_too(folder):
+    card = ModelCard.load(folder / "README.md")
+    card.data.license, card.data.pipeline_tag = "gpl-3.0", "other"
+    other = EvalResult("image-classification", "uoft-cs/cifar10", "CIFAR-10", "accuracy", 0.5, dataset_split="test")
+    card.data.eval_results.append(other)
+    card.save(folder / "README.md")
+    data = ModelCard(build_card(folder)).data
+    assert (data.license, data.pipeline_tag) == ("gpl-3.0", "other")
+    found = [result.dataset_type for result in data.eval_results]
+    assert found.count("uoft-cs/cifar10") == 1 and found.count("imagefolder") == 3
+    theirs = "---\nlicense: mit\n---\nTheir words.\n"
+    assert by_hand(theirs) == "Their words." and by_hand(build_card(folder)) == by_hand("") == ""
+    assert ModelCard(build_card(folder, base=theirs)).text.strip() == "Their words."
+    for broken in (BEGIN, f"{END} {BEGIN}"):
+        with pytest.raises(ValueError, match="once, in this order"):
+            build_card(folder, base=f"---\nlicense: mit\n---\n{broken}\n")
+
+
+def test_a_card_is_made_of_what_there_is(folder, tmp_path):
+    """Without a record, in shards, of features alone, in mid-training."""
+    (folder / "provenance.json").unlink()
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    assert "## Results" in build_card(folder) and "versions" not in build_card(folder)
+    train = json.loads(rows[0]) | {"step": 90}
+    validation = next(row for row in rows if '"validation"' in row)
+    (folder / "metrics.jsonl").write_text(f"{validation}\n{json.dumps(train)}\n")
+    assert "validation images" in build_card(folder) and "as measured at step 40" in build_card(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: expected a JSON object in each line"):
+        build_card(folder)
+
+    names = {index: f"feature {index}" for index in range(5)}
+    model = tiny(id2label=names, label2id={name: index for index, name in names.items()})
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    card = build_card(tmp_path / "shards", license="mit")
+    assert f"{model.num_parameters() / 1e6:.2f} million" in card and "features, no classes" in card
+    assert ModelCard(card).data.pipeline_tag == "image-feature-extraction"
+
+    ViTSimpleModel(model.config).save_pretrained(tmp_path / "backbone")
+    shutil.copy(folder / "preprocessor_config.json", tmp_path / "backbone")
+    edit(tmp_path / "backbone", "preprocessor_config.json", lambda text: text.replace(": 8", ": 16"))
+    assert check(tmp_path / "backbone")[1] == []
+    assert probe(str(tmp_path / "backbone"))["pooler_output"].shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("hf_" + "a1B2" * 8, True),
+        ("github_pat_" + "a1" * 20, True),
+        ("https://me:word@host/data", True),
+        ("-----BEGIN RSA PRIVATE KEY-----", True),
+        ("my-own-secret-value", True),
+        ("https://host:8080/sk-learn-digits-small-patch4-run2", False),
+        ("ViTImageProcessor", False),
+    ],
+)
+def test_secrets_are_told_from_words(monkeypatch, text, found):
+    monkeypatch.setenv("SOME_API_KEY", "my-own-secret-value")
+    monkeypatch.setenv("TOKENIZER_NAME", "ViTImageProcessor")
+    with pytest.raises(ValueError, match=r"README\.md: expected no secrets") if found else contextlib.nullcontext():
+        refuse_secrets({"README.md": text.encode()})
 
 
 def test_the_interval_is_wilsons():

@@ -214,6 +214,17 @@ def test_a_dead_decoding_process_ends_the_run(tmp_path):
     assert process.returncode != 0 and "killed by signal" in errors
 
 
+def test_without_a_test_split_the_card_tells_of_the_weights_that_are_saved(tmp_path):
+    digits = load_dataset(str(ROOT / "data/digits"), split="train")
+    digits.to_parquet(tmp_path / "data/train.parquet")
+    options = ["--ema_decay", "0.9999", "--output_dir", str(tmp_path / "run"), "--dataset_name", str(tmp_path / "data")]
+    main([str(ROOT / "recipes/digits.yaml"), *SHORT, "--num_train_epochs", "2", *options])
+    last = [row for row in rows_of(tmp_path / "run") if row["split"] == "validation"][-3:]
+    assert last[0]["weights"] == last[2]["weights"] == "raw" and last[0]["correct"] == last[2]["correct"]
+    assert last[1]["correct"] < last[2]["correct"]
+    assert f"{last[2]['correct']} of them right:" in (tmp_path / "run/README.md").read_text()
+
+
 @pytest.mark.parametrize("best", ["raw", "ema"])
 def test_the_better_of_raw_and_averaged_weights_is_saved(tmp_path, monkeypatch, capsys, best):
     """Worse than the last weights are averages that stay where they began; equal to them are those of no decay."""
