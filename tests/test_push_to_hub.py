@@ -139,15 +139,15 @@ except OSError as error:
     assert opened.count("opened") == 4 and f"private: {NAME} is not a local folder" in opened
 
 
-def test_a_dry_run_shows_the_files_and_the_card_and_sends_nothing(hub, folder, tmp_path):
+def test_a_dry_run_shows_the_files_and_the_card_and_changes_nothing(folder, capsys):
     (folder / ".env").write_text("SECRET=1")
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "optimizer.bin").write_text("state")
-    shown = push(hub, tmp_path, folder, NAME, "--dry_run")
-    listing, _, card = shown.stdout.partition("\n---\n")
+    assert push_here(folder, NAME, dry_run=True) is None
+    listing, _, card = capsys.readouterr().out.partition("\n---\n")
     names = {line.split()[-1] for line in listing.splitlines() if line}
     assert names == {path.name for path in folder.iterdir()} - {".env", "checkpoints", "optimizer.bin"}
-    assert f'model="{NAME}"' in card and not hub.log and f'model="{NAME}"' not in (folder / "README.md").read_text()
+    assert f'model="{NAME}"' in card and f'model="{NAME}"' not in (folder / "README.md").read_text()
 
 
 def edit(folder: Path, name: str, change):
