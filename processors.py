@@ -111,7 +111,7 @@ def fitted(content: dict, config: ViTSimpleConfig, notes: list[str]) -> dict:
         mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
     return {
         "image_processor_type": kind,
-        "do_convert_rgb": channels == 3 and bool(processor.do_resize),  # pipelines send RGB and need it said, not arrays
+        "do_convert_rgb": channels == 3 and bool(processor.do_resize),  # said, since pipelines send RGB; not of arrays
         "do_resize": processor.do_resize,
         "size": size,
         "resample": resample,
