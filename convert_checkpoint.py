@@ -22,13 +22,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from vit_simple import ViTSimpleConfig
-from vit_simple.card import PLACEHOLDER, build_card, inherited, read_json, record
+from vit_simple.card import PLACEHOLDER, build_card, inherited
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.layout_timm import from_timm, to_timm
 from vit_simple.layout_transformers import check_type, from_transformers, to_transformers
 from vit_simple.layouts import Tensors, gather, listed
 from vit_simple.options import ROOT
 from vit_simple.processors import FAMILIES, FAMILY_OF_TYPE, family_processor, fitted, for_timm, of_timm
+from vit_simple.provenance import read_json, record
 
 DESCRIPTION = ("config.json", "preprocessor_config.json", "processor_config.json", "README.md")
 SAFETENSORS = ("model.safetensors", "model-?????-of-?????.safetensors")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.augment import Augment
 from vit_simple.batches import Images, seed_for
-from vit_simple.card import build_card, inherited, record
+from vit_simple.card import build_card, inherited
 from vit_simple.checkpoint import (
     complete_checkpoints,
     cut_metrics,
@@ -54,6 +54,7 @@ from vit_simple.prepare import (
     once,
     precision_of,
 )
+from vit_simple.provenance import record
 from vit_simple.push_to_hub import NETWORK_ERRORS, patiently, push
 from vit_simple.stream import Stream
 

@@ -13,11 +13,12 @@ from huggingface_hub import get_token
 from safetensors.torch import load_file
 
 from vit_simple import ViTSimpleConfig
-from vit_simple.card import RECORD, has_head, read_json
+from vit_simple.card import has_head
 from vit_simple.configuration_vit_simple import AUTO_MAP
 from vit_simple.convert_checkpoint import load_tensors
 from vit_simple.layouts import gather, listed
 from vit_simple.options import ROOT
+from vit_simple.provenance import RECORD, read_json
 
 CODE = ("configuration_vit_simple.py", "modeling_vit_simple.py")
 NEEDED = ("config.json", "preprocessor_config.json", *CODE)
