@@ -132,11 +132,10 @@ class Rows:
         if len(self.bad) == self.size:
             raise BadImage(f"--on_bad_image: expected an image to be left in the split {self.split!r}, got none")
 
-    def few(self, count: int) -> tuple[torch.Tensor, list]:
-        """Pixels (B, C, H, W), uint8, and targets of at most so many rows, to look at; bad ones are left out."""
+    def few(self, count: int) -> list[tuple]:
+        """Image, for `decode.stack`, and target of at most so many rows, to look at; bad ones are left out."""
         read = (self.read_row(row, "", 0, value, label, {}) for row, value, label in self.some(count))
-        images, targets = zip(*((image, target) for image, target in read if image is not None))
-        return self.decode.stack(images), list(targets)
+        return [(image, target) for image, target in read if image is not None]
 
     def load(self, **loading) -> Iterator:
         """What the decoding processes make."""

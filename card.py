@@ -44,9 +44,9 @@ CITATION = """```bibtex
 
 def inherited(folder: Path) -> dict:
     """Licence and base model, as the card of a folder names them."""
-    if not (folder / "README.md").exists():
-        return {}
     file = folder / "README.md"
+    if not file.exists():
+        return {}
     data = open_card(file.read_text(encoding="utf-8"), str(file)).data.to_dict()
     return {name: data[name] for name in INHERITED if data.get(name)}
 

@@ -351,7 +351,10 @@ def train(
 
 def show_predictions(rows: Images | Stream, augment: Augment, folder: Path):
     """Writes predictions.png: some images of a split, and what the saved network says of them."""
-    pixels, targets = rows.few(SHOWN)
+    few = rows.few(SHOWN)
+    if not few:
+        return
+    pixels, targets = rows.decode.stack([image for image, _ in few]), [target for _, target in few]
     network = ViTSimpleForImageClassification(ViTSimpleConfig.from_pretrained(folder)).eval()
     network.load_state_dict(load_file(folder / "model.safetensors"))
     with torch.no_grad():

@@ -167,6 +167,7 @@ def test_each_kind_of_bad_image_is_named_with_its_reason(tmp_path, crop, workers
         test = images_of(data, "test", processor(16), (16, 16), on_bad_image="skip")
         _, labels = read(test, workers)
         assert labels.tolist() == [0, IGNORED, 0, 1] and len(test.bad) == 1
+        assert sorted(target for _, target in test.few(9)) == [0, 0, 1]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -179,6 +179,10 @@ def test_files_that_are_damaged_or_hold_more_than_tensors_are_refused(tmp_path):
     torch.save({"model": tiny().state_dict(), "epoch": 3}, tmp_path / "wrapped.pth")
     torch.save({"cls_token": torch.ones(1), "epoch": 3}, tmp_path / "mixed.pth")
     (tmp_path / "text.bin").write_text("not a checkpoint")
+    (tmp_path / "twice").mkdir()
+    for number in (1, 2):
+        shutil.copy(whole, tmp_path / f"twice/model-0000{number}-of-00002.safetensors")
+    assert "a second time" in nothing_written(tmp_path, tmp_path / "twice", family="augreg")
     for name in ("cut.safetensors", "code.pth", "mixed.pth", "text.bin"):
         assert name in nothing_written(tmp_path, tmp_path / name, family="augreg")
     convert(tmp_path / "wrapped.pth", tmp_path / "out", family="augreg", num_attention_heads=4)

@@ -18,6 +18,7 @@ from hub import Fault, Hub
 from vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
 from vit_simple.card import BEGIN, END, build_card, by_hand, interval
 from vit_simple.options import ROOT
+from vit_simple.push_to_hub import prove
 from vit_simple.push_to_hub import push as push_here
 from vit_simple.verify import check, probe, refuse_secrets
 
@@ -406,6 +407,20 @@ def test_metadata_by_hand_is_kept_and_results_of_other_data_too(folder):
     for broken in (BEGIN, f"{END} {BEGIN}"):
         with pytest.raises(ValueError, match="once, in this order"):
             build_card(folder, base=f"---\nlicense: mit\n---\n{broken}\n")
+
+
+def test_a_commit_that_does_not_prove_itself_is_an_error_with_the_way_back(hub, folder, monkeypatch):
+    for name, value in hub.environment(folder, TOKEN).items():
+        monkeypatch.setenv(name, value)
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    sha = hub.create(f"models/{NAME}", files).at("main").sha
+    expected = {"logits": torch.zeros(2, 10), "scores": torch.zeros(10)}
+    with pytest.raises(
+        RuntimeError, match=f"{sha} does not give what the folder gives: logits, scores\nto go back: pull"
+    ):
+        prove(NAME, sha, "AutoModelForImageClassification", expected, "pull")
+    with pytest.raises(RuntimeError, match=r"does not load in a fresh process: .*\nto go back: pull"):
+        prove("user/nowhere", sha, "AutoModelForImageClassification", expected, "pull")
 
 
 def test_a_card_is_made_of_what_there_is(folder, tmp_path):
