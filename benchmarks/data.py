@@ -11,18 +11,15 @@ uint8 here; what the device does with them then (flip, normalise) is measured on
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import datasets
-import PIL
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.measure import machine, write_report
 from vit_simple.augment import Augment
 from vit_simple.batches import Images, Process
 from vit_simple.data import load_image_data
@@ -89,10 +86,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    report = {
-        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": {module.__name__: module.__version__ for module in (torch, datasets, PIL)},
-    }
+    report = machine()
     cases = [(arguments.small, 32, 256, True), (arguments.photographs, 224, 50, False)]
     for name, size, batch_size, kept in cases:
         if name is None:
@@ -112,13 +106,7 @@ def main():
             print(f"  {side:<18} {medians[side]:8,.0f} images/s, {ratio:5.2f} times per image   ({spread})")
         report[way] = {"size": size, "batch_size": batch_size, "images_per_second": found}
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def processor_name() -> str:
-    """The processor's name; platform.processor() knows none on Linux."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        write_report(report, arguments.output)
 
 
 if __name__ == "__main__":

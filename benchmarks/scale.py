@@ -11,22 +11,11 @@ import json
 import statistics
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
+from benchmarks.measure import flops_per_image
+from vit_simple import ViTSimpleConfig
 
 MEASURED = Path(__file__).parent / "results/stream.json"
 SETS = {"ImageNet-1k, 90 epochs": 90 * 1_281_167, "ImageNet-21k, 30 epochs": 30 * 14_197_122, "a billion, once": 1e9}
-
-
-def flops_per_image(variant: str) -> int:
-    """Of a training step at 224 pixels, forward and backward."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        config = ViTSimpleConfig.from_variant(variant, image_size=224, num_labels=1000)
-        network = ViTSimpleForImageClassification(config)
-        network(torch.empty(1, 3, 224, 224), labels=torch.empty(1, dtype=torch.long)).loss.backward()
-    return counter.get_total_flops()
 
 
 def table(peak: float, utilisation: float, devices: int) -> str:
@@ -35,7 +24,8 @@ def table(peak: float, utilisation: float, devices: int) -> str:
     columns = ["network", "GFLOP an image", "images/s", "decoding cores", "MB/s read", *SETS]
     lines = [" | ".join(columns), " | ".join(["---"] * len(columns))]
     for variant in ("Ti/16", "S/16", "B/16", "L/16", "H/14"):
-        flops = flops_per_image(variant)
+        config = ViTSimpleConfig.from_variant(variant, image_size=224, num_labels=1000)
+        flops = flops_per_image(config, training=True)
         speed = peak * utilisation / flops
         hours = [f"{images / speed / devices / 3600:,.1f} h" for images in SETS.values()]
         cells = [variant, f"{flops / 1e9:,.1f}", f"{speed:,.0f}", f"{speed / decoded:,.0f}"]

@@ -12,10 +12,6 @@ too. What it says about a step is measured on the same core: S/16, float32, forw
 import argparse
 import io
 import itertools
-import json
-import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import tarfile
@@ -26,8 +22,8 @@ import datasets
 import torch
 from datasets import Image, load_dataset
 
-from benchmarks.data import processor_name, rates
-from benchmarks.scale import flops_per_image
+from benchmarks.data import rates
+from benchmarks.measure import flops_per_image, in_a_process, machine, write_report
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.batches import Images, Process, Rows
 from vit_simple.data import load_image_data
@@ -80,8 +76,8 @@ def undecoded(folder: Path):
             yield sum(len(value["bytes"]) for _, value, _ in itertools.islice(rows, BATCH))
 
 
-def peak_memory(folder: Path, count: int, answer):
-    """Puts the bytes that one pass of a stream takes at most, and those before the first image."""
+def peak_memory(folder: Path, count: int):
+    """The bytes that one pass of a stream takes at most, and those before the first image."""
     torch.set_num_threads(1)
     read = reading(folder, streaming=True, workers=1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -90,22 +86,16 @@ def peak_memory(folder: Path, count: int, answer):
         next(images)
     images.close()  # ends the decoding process, whose memory is then known
     both = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    answer.put({"before": before * 1024, "peak": both * 1024})
+    return {"before": before * 1024, "peak": both * 1024}
 
 
-def in_a_process(function, *arguments):
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=function, args=(*arguments, answer))
-    process.start()
-    found = answer.get()
-    process.join()
-    return found
+def step_config() -> ViTSimpleConfig:
+    return ViTSimpleConfig.from_variant("S/16", image_size=SIZE, num_labels=1000)
 
 
 def step(batch: int = 8):
     """Steps of S/16, without end."""
-    network = ViTSimpleForImageClassification(ViTSimpleConfig.from_variant("S/16", image_size=SIZE, num_labels=1000))
+    network = ViTSimpleForImageClassification(step_config())
     images, labels = torch.randn(batch, 3, SIZE, SIZE), torch.zeros(batch, dtype=torch.long)
     while True:
         network(images, labels=labels).loss.backward()
@@ -146,16 +136,16 @@ def main():
         peak, before = (row[name] / 2**20 for name in ("peak", "before"))
         print(f"  one pass over {count:,} rows: at most {peak:,.0f} MiB ({before:,.0f} before)")
     print(f"  {memory[MANY]['peak'] / memory[FEW]['peak']:.3f} times the memory for {MANY // FEW} times the rows")
-    print(f"  a step reaches {flops_per_image('S/16') * medians['step of S/16'] / 1e9:.0f} GFLOP/s here")
+    reached = flops_per_image(step_config(), training=True) * medians["step of S/16"]
+    print(f"  a step reaches {reached / 1e9:.0f} GFLOP/s here")
     if arguments.output:
         report = {
-            "machine": {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()},
-            "versions": {module.__name__: module.__version__ for module in (torch, datasets)},
+            **machine(),
             "bytes_per_image": bytes_per_image,
             "images_per_second": found,
             "peak_memory": memory,
         }
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(report, arguments.output)
 
 
 if __name__ == "__main__":

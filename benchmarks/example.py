@@ -1,0 +1,104 @@
+"""What transformers' examples/pytorch/image-classification/run_image_classification_no_trainer.py does, rebuilt.
+
+Each image is opened, cropped, flipped and normalised by torchvision when a DataLoader asks for it, with no workers, as
+there by default; Accelerate, AdamW, a linear schedule, an evaluation on a part of train after each epoch. In the end it
+saves the network, transformers' own ViT from a config. `benchmarks.train` runs this file.
+"""
+
+import argparse
+import json
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import load_dataset
+from torch.utils.data import DataLoader
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    Normalize,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    Resize,
+    ToTensor,
+)
+from tqdm import tqdm
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, get_scheduler
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--config", type=json.loads, required=True, help="fields of ViTConfig as JSON")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--num_train_epochs", type=int, default=3)
+    parser.add_argument("--per_device_train_batch_size", type=int, default=8)
+    parser.add_argument("--per_device_eval_batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=5e-5)
+    parser.add_argument("--train_val_split", type=float, default=0.15)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    set_seed(arguments.seed)
+    rows = load_dataset(arguments.dataset_name, split="train")
+    rows = rows.train_test_split(arguments.train_val_split, seed=arguments.seed)
+    labels = rows["train"].features["label"].names
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
+    network = ViTForImageClassification(ViTConfig(**arguments.config, **names))
+    size = arguments.config["image_size"]
+    processor = ViTImageProcessor(size={"height": size, "width": size})
+
+    normalize = Normalize(mean=processor.image_mean, std=processor.image_std)
+    training = Compose([RandomResizedCrop(size), RandomHorizontalFlip(), ToTensor(), normalize])
+    evaluation = Compose([Resize(size), CenterCrop(size), ToTensor(), normalize])
+
+    def opened(transform: Compose):
+        def preprocess(batch):
+            batch["pixel_values"] = [transform(image.convert("RGB")) for image in batch["image"]]
+            return batch
+
+        return preprocess
+
+    def collate(examples):
+        pixel_values = torch.stack([example["pixel_values"] for example in examples])
+        return {"pixel_values": pixel_values, "labels": torch.tensor([example["label"] for example in examples])}
+
+    batch_size, eval_batch_size = arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size
+    train_rows = rows["train"].with_transform(opened(training))
+    train_loader = DataLoader(train_rows, shuffle=True, collate_fn=collate, batch_size=batch_size)
+    eval_rows = rows["test"].with_transform(opened(evaluation))
+    eval_loader = DataLoader(eval_rows, collate_fn=collate, batch_size=eval_batch_size)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
+    steps = arguments.num_train_epochs * len(train_loader)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
+    network, optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
+        network, optimizer, train_loader, eval_loader, scheduler
+    )
+
+    progress = tqdm(total=steps, disable=not accelerator.is_local_main_process)
+    for _ in range(arguments.num_train_epochs):
+        network.train()
+        for batch in train_loader:
+            loss = network(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            progress.update(1)
+        network.eval()
+        correct = count = 0
+        for batch in eval_loader:
+            with torch.no_grad():
+                predictions = network(**batch).logits.argmax(dim=-1)
+            predictions, references = accelerator.gather_for_metrics((predictions, batch["labels"]))
+            correct += (predictions == references).sum().item()
+            count += len(references)
+    progress.close()
+    accelerator.unwrap_model(network).save_pretrained(arguments.output_dir)
+    processor.save_pretrained(arguments.output_dir)
+    print(f"{correct} of {count} held-out images right")
+
+
+if __name__ == "__main__":
+    main()

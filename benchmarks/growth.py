@@ -1,0 +1,135 @@
+"""How time and memory grow: with tokens, depth, width, batch and, for reading, with the size of the data set.
+
+    python -m benchmarks.growth --small uoft-cs/cifar10
+
+A training step (forward, loss, backward, AdamW) of 4 blocks of width 384 on 2 images of 197 tokens, of which one number
+grows at a time. Each point is a process, its memory what it holds at most beyond the libraries. Images: what it takes
+to open a data set and to keep so many of them decoded. The picture has the exponent of each line between its middle and
+its end: 1 is proportional, 2 is quadratic.
+"""
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import (
+    RESULTS,
+    forget_peak,
+    in_a_process,
+    machine,
+    median,
+    resident,
+    told,
+    turns,
+    write_report,
+)
+from benchmarks.model import training
+from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
+from vit_simple.batches import Images, Process
+from vit_simple.data import load_image_data
+from vit_simple.options import TrainConfig
+from vit_simple.pixels import Decoder
+from vit_simple.prepare import processor_content
+from vit_simple.processors import open_processor
+
+BASE = {"tokens": 196, "depth": 4, "width": 384, "batch": 2}
+POINTS = {
+    "tokens": (49, 196, 400, 784, 1600, 4096),
+    "depth": (1, 2, 4, 8, 16, 24),
+    "width": (192, 384, 768, 1152),
+    "batch": (1, 2, 4, 8, 16, 32),
+    "images": (3125, 6250, 12500, 25000, 50000),
+}
+
+
+def step(point: dict[str, int], rounds: int):
+    """Seconds of a step and bytes held at most; `tokens` are patches, beside which there is a class token."""
+    side = 16 * math.isqrt(point["tokens"])
+    config = ViTSimpleConfig(
+        hidden_size=point["width"],
+        num_hidden_layers=point["depth"],
+        num_attention_heads=point["width"] // 64,
+        intermediate_size=4 * point["width"],
+        image_size=side,
+        num_labels=10,
+    )
+    forget_peak()
+    before = resident("VmRSS")
+    network, pixels = ViTSimpleForImageClassification(config), torch.randn(point["batch"], 3, side, side)
+    call = training(network, pixels, autocast=False, compiled=False)
+    times = turns({"step": call}, rounds, torch.device("cpu"))["step"]
+    return {"seconds": median(times), "bytes": resident("VmHWM") - before}
+
+
+def decode(name: str, count: int):
+    """What it takes to have so many images of a set decoded."""
+    forget_peak()
+    before, start = resident("VmRSS"), time.perf_counter()
+    data = load_image_data(name, validation_fraction=0, max_train_samples=count)
+    processor = open_processor(processor_content(TrainConfig(), (32, 32), cropped=False))
+    images = Images(data, "train", Decoder(processor, (3, 32, 32), 0.0), Process(torch.device("cpu")))
+    images.keep(quiet=True)
+    return {"seconds": time.perf_counter() - start, "bytes": resident("VmHWM") - before}
+
+
+def exponent(points: list[tuple[int, float]]) -> float:
+    """The slope between the middle and the last point in logarithms."""
+    (x, y), (last_x, last_y) = points[len(points) // 2], points[-1]
+    return math.log(last_y / y) / math.log(last_x / x)
+
+
+def plot(found: dict[str, dict[int, dict[str, float]]], path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(found), figsize=(3.2 * len(found), 6), squeeze=False, layout="constrained")
+    for column, (kind, points) in enumerate(found.items()):
+        for axis, (what, unit, scale) in zip(axes[:, column], (("seconds", "s", 1), ("bytes", "MiB", 2**20))):
+            values = [(x, point[what] / scale) for x, point in points.items()]
+            axis.loglog(*zip(*values), marker="o")
+            axis.set_title(f"exponent {exponent(values):.2f}", fontsize=10)
+            axis.set_xlabel(kind)
+            axis.set_xticks(list(points), [str(x) for x in points], fontsize=8)
+            axis.minorticks_off()
+            if column == 0:
+                axis.set_ylabel(unit)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", help="data set of equal small images with 'image' and 'label', as CIFAR-10")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    found = {}
+    report = {**machine(), "growth": found}
+    print(told(report))
+    for kind, values in POINTS.items():
+        if kind == "images" and arguments.small is None:
+            print("images: no data set was named")
+            continue
+        found[kind] = {}
+        for value in values:
+            if kind == "images":
+                point = in_a_process(decode, os.fspath(arguments.small), value)
+            else:
+                point = in_a_process(step, {**BASE, kind: value}, arguments.rounds)
+            found[kind][value] = point
+            print(f"  {kind} {value}: {point['seconds']:.3f} s, {point['bytes'] / 2**20:,.0f} MiB", flush=True)
+        for what in ("seconds", "bytes"):
+            slope = exponent([(value, point[what]) for value, point in found[kind].items()])
+            print(f"  {what} grow with {kind} to the power of {slope:.2f}")
+    write_report(report, RESULTS / "growth.json")
+    plot(found, RESULTS / "growth.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Networks that are compiled ahead of time give what they gave before, and the int8 ones nearly that."""
+
+import sys
+
+import pytest
+import torch
+
+from conftest import run_python, tiny
+from vit_simple import ViTSimpleForImageClassification
+from vit_simple.inference import compile_inference, quantize
+
+OPENED = """
+import sys, torch
+import transformers.modeling_outputs
+fast = torch._inductor.aoti_load_package(sys.argv[1])
+torch.save(fast(torch.load(sys.argv[2])).logits, sys.argv[2])
+"""
+
+
+def test_the_file_gives_the_networks_logits_for_any_batch_in_a_process_without_the_package(tmp_path):
+    model = tiny(num_hidden_layers=2, drop_path_rate=0.5).train()
+    fast = compile_inference(model, tmp_path / "vit.pt2")
+    assert model.training
+    model.eval()
+    for batch in (1, 2, 5):
+        pixels = torch.randn(batch, 3, *[model.config.image_size] * 2)
+        with torch.no_grad():
+            expected = model(pixels).logits
+        bound = {"rtol": 0, "atol": 1e-5 * expected.abs().max().item()}
+        torch.testing.assert_close(fast(pixels).logits, expected, **bound)
+    torch.save(pixels, tmp_path / "pixels")
+    run_python(sys.executable, tmp_path / "work", OPENED, tmp_path / "vit.pt2", tmp_path / "pixels")
+    torch.testing.assert_close(torch.load(tmp_path / "pixels"), expected, **bound)
+
+
+def test_int8_stays_near_float32(run_folder, tmp_path):
+    """Logits within 5 % of those in float32, for any picture."""
+    model = ViTSimpleForImageClassification.from_pretrained(run_folder)
+    fast = compile_inference(model, tmp_path / "digits.pt2", int8=True)
+    pixels = torch.rand(500, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected = model(pixels).logits
+    logits = fast(pixels).logits
+    assert not torch.equal(logits, expected)
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+    assert type(model.blocks[0].attn.qkv.weight) is torch.nn.Parameter  # a copy was quantised
+
+
+def test_a_network_in_int8_needs_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ImportError, match="pip install torchao"):
+        quantize(tiny())
+
+
+def test_the_file_ends_in_pt2(tmp_path):
+    with pytest.raises(ValueError, match=r"expected one that ends in \.pt2, got .*vit\.so"):
+        compile_inference(tiny(), tmp_path / "vit.so")
