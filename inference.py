@@ -54,12 +54,15 @@ def compile_inference(model: PreTrainedModel, path: str | Path, int8: bool = Fal
     """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"path: expected one that ends in .pt2, got {path}")
-    training = model.training
-    model.eval()
+    modes = [(module, module.training) for module in model.modules()]
     shape = (2, model.config.num_channels, *pair(model.config.image_size))
     example = torch.zeros(shape, device=model.device, dtype=model.dtype)
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(quantize(model) if int8 else model, (example,), dynamic_shapes=({0: batch},))
-    model.train(training)
+    try:
+        model.eval()
+        program = torch.export.export(quantize(model) if int8 else model, (example,), dynamic_shapes=({0: batch},))
+    finally:
+        for module, training in modes:
+            module.training = training
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={"freezing": True})
     return torch._inductor.aoti_load_package(str(path))

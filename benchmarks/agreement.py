@@ -1,6 +1,6 @@
 """How often a compiled network and one in int8 give the answer of the network itself, on the test images of a data set.
 
-python -m benchmarks.agreement outputs/cifar10 --dataset_name uoft-cs/cifar10
+python -m benchmarks.agreement outputs/cifar10 --dataset_name uoft-cs/cifar10 --image_column_name img
 """
 
 import argparse
@@ -19,7 +19,8 @@ from vit_simple.inference import compile_inference
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--dataset_name", required=True, help="with the columns 'image' and 'label'")
+    parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--image_column_name", default="image")
     arguments = parser.parse_args()
     model = ViTSimpleForImageClassification.from_pretrained(arguments.checkpoint).eval()
     processor = AutoImageProcessor.from_pretrained(arguments.checkpoint)
@@ -35,7 +36,7 @@ def main():
         }
         answers = {side: [] for side in sides}
         for batch in rows.iter(256):
-            pixels = processor(batch["image"], return_tensors="pt").pixel_values
+            pixels = processor(batch[arguments.image_column_name], return_tensors="pt").pixel_values
             for side, network in sides.items():
                 answers[side].append(network(pixels).logits.argmax(-1))
     for side, parts in answers.items():

@@ -44,8 +44,11 @@ SIDES = {
         "lr_scheduler_type": "linear",
         "warmup_steps": 0,
         "weight_decay": 0,
+        "max_grad_norm": 0,
+        "ema_decay": 0,
         "crop_padding": 0,
         "random_resized_crop": 0.08,
+        "crop_pct": 1.0,
     },
 }
 

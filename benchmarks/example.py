@@ -29,6 +29,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--image_column_name", default="image")
     parser.add_argument("--config", type=json.loads, required=True, help="fields of ViTConfig as JSON")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--num_train_epochs", type=int, default=3)
@@ -41,8 +42,10 @@ def main():
 
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     set_seed(arguments.seed)
-    rows = load_dataset(arguments.dataset_name, split="train")
-    rows = rows.train_test_split(arguments.train_val_split, seed=arguments.seed)
+    rows = load_dataset(arguments.dataset_name)
+    if "validation" not in rows:
+        parts = rows["train"].train_test_split(arguments.train_val_split, seed=arguments.seed)
+        rows = {"train": parts["train"], "validation": parts["test"]}
     labels = rows["train"].features["label"].names
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
     network = ViTForImageClassification(ViTConfig(**arguments.config, **names))
@@ -55,7 +58,7 @@ def main():
 
     def opened(transform: Compose):
         def preprocess(batch):
-            batch["pixel_values"] = [transform(image.convert("RGB")) for image in batch["image"]]
+            batch["pixel_values"] = [transform(image.convert("RGB")) for image in batch[arguments.image_column_name]]
             return batch
 
         return preprocess
@@ -67,7 +70,7 @@ def main():
     batch_size, eval_batch_size = arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size
     train_rows = rows["train"].with_transform(opened(training))
     train_loader = DataLoader(train_rows, shuffle=True, collate_fn=collate, batch_size=batch_size)
-    eval_rows = rows["test"].with_transform(opened(evaluation))
+    eval_rows = rows["validation"].with_transform(opened(evaluation))
     eval_loader = DataLoader(eval_rows, collate_fn=collate, batch_size=eval_batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
     steps = arguments.num_train_epochs * len(train_loader)

@@ -1,28 +1,32 @@
 #!/usr/bin/env bash
-# All that is to be measured on one GPU: `bash benchmarks/gpu.sh SET [model|train|cifar10 ...]`, SET being CIFAR-10 (a Hub
-# id or a folder). Without a choice all parts run, in this order; each is made for less than ten minutes of an H200.
-# Results go to benchmarks/results and outputs. Peers are named in benchmarks/peers.py; missing ones are said to be so.
+# All that is to be measured on one GPU: `bash benchmarks/gpu.sh SET [b16|more|cifar10|train ...]`, SET being CIFAR-10 (a Hub
+# id or a folder) with the column IMAGE_COLUMN (image). Without a choice all parts run, in this order. Results go to
+# benchmarks/results and outputs. benchmarks/peers.py names the peers; `train` needs torchvision.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-set_name=${1:?usage: bash benchmarks/gpu.sh SET [model|train|cifar10 ...]}
+set_name=${1:?usage: bash benchmarks/gpu.sh SET [b16|more|cifar10|train ...]}
+[ ! -d "$set_name" ] || set_name=$(realpath "$set_name")
 shift
-[ $# -gt 0 ] || set -- model train cifar10
+cd "$(dirname "$0")/.."
+[ $# -gt 0 ] || set -- b16 more cifar10 train
+columns=(--dataset_name "$set_name" --image_column_name "${IMAGE_COLUMN:-image}")
 
 for part in "$@"; do
     case $part in
-    model)
+    b16)
         python -m benchmarks.model --dtypes bfloat16 --variants B/16 --batch_sizes 256 --ways eager compiled --name gpu-b16
+        ;;
+    more)
         python -m benchmarks.model --dtypes bfloat16 --variants S/16 L/16 --batch_sizes 1 128 --ways compiled --name gpu-more
         ;;
+    cifar10)
+        python train.py recipes/cifar10.yaml "${columns[@]}"
+        ;;
     train)
-        python -m benchmarks.train --dataset_name "$set_name" --variant S/4 --num_train_epochs 1 --bf16 --rounds 1 \
+        python -m benchmarks.train "${columns[@]}" --variant S/4 --num_train_epochs 1 --bf16 --rounds 1 \
             --per_device_train_batch_size 512 --name gpu-train
         ;;
-    cifar10)
-        python train.py recipes/cifar10.yaml --dataset_name "$set_name" --output_dir outputs/cifar10-gpu
-        ;;
     *)
-        echo "expected model, train or cifar10, got $part" >&2
+        echo "expected b16, more, cifar10 or train, got $part" >&2
         exit 1
         ;;
     esac

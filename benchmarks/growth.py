@@ -10,9 +10,9 @@ its end: 1 is proportional, 2 is quadratic.
 
 import argparse
 import math
-import os
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -21,7 +21,6 @@ from benchmarks.measure import (
     forget_peak,
     in_a_process,
     machine,
-    median,
     resident,
     told,
     turns,
@@ -72,6 +71,8 @@ def decode(name: str, count: int):
     data = load_image_data(name, validation_fraction=0, max_train_samples=count)
     processor = open_processor(processor_content(TrainConfig(), (32, 32), cropped=False))
     images = Images(data, "train", Decoder(processor, (3, 32, 32), 0.0), Process(torch.device("cpu")))
+    if data.sizes["train"] < count:
+        raise ValueError(f"--small: expected at least {count} training images, got {data.sizes['train']}")
     images.keep(quiet=True)
     return {"seconds": time.perf_counter() - start, "bytes": resident("VmHWM") - before}
 
@@ -119,7 +120,7 @@ def main():
         found[kind] = {}
         for value in values:
             if kind == "images":
-                point = in_a_process(decode, os.fspath(arguments.small), value)
+                point = in_a_process(decode, arguments.small, value)
             else:
                 point = in_a_process(step, {**BASE, kind: value}, arguments.rounds)
             found[kind][value] = point

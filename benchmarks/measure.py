@@ -81,10 +81,10 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def turns(sides: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every call: in each round all sides, in an order of its own, after two calls without the clock."""
+    """Seconds of every call: in each round all sides, in an order of its own, after three calls without the clock."""
     for call in sides.values():
-        call()
-        call()
+        for _ in range(3):
+            call()
     found = {name: [] for name in sides}
     for number in range(rounds):
         for name in random.Random(number).sample(list(sides), len(sides)):  # nobody always follows the same other one
@@ -92,16 +92,12 @@ def turns(sides: dict[str, Callable[[], object]], rounds: int, device: torch.dev
     return found
 
 
-def median(times: list[float]) -> float:
-    return statistics.median(times)
-
-
 def spread(times: list[float]) -> float:
     """Half of the distance between the quartiles, as a part of the median."""
     if len(times) < 2:
         return 0.0
     first, _, third = statistics.quantiles(times, n=4, method="inclusive")
-    return (third - first) / 2 / median(times)
+    return (third - first) / 2 / statistics.median(times)
 
 
 def flops_per_image(config: ViTSimpleConfig, training: bool) -> int:

@@ -14,10 +14,12 @@ GPU); fast, by vit_simple.inference; int8, by that, too. `benchmarks/peers.py` t
 import argparse
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import (
@@ -26,7 +28,6 @@ from benchmarks.measure import (
     forget_peak,
     in_a_process,
     machine,
-    median,
     product_rate,
     resident,
     spread,
@@ -58,7 +59,7 @@ def networks(config: ViTSimpleConfig) -> tuple[dict[str, nn.Module], dict[str, s
     for name in PEERS:
         try:
             found[name] = build(name, found[OURS])
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
             missing[name] = str(error)
     return found, missing
 
@@ -96,18 +97,31 @@ def mode_of(device: torch.device) -> str | None:
     return "max-autotune" if device.type == "cuda" else None
 
 
-def memory(variant: str, image_size: int, name: str, mode: str, batch: int):
-    """The bytes that a network and two calls take on a CPU, in float32."""
+def memory(variant: str, image_size: int, dtype: str, device: torch.device, name: str, mode: str, batch: int) -> int:
+    """The bytes that an eager network and three calls take at most, in a process that has nothing else."""
     network = ViTSimpleForImageClassification(config_of(variant, image_size))
     network = network if name == OURS else build(name, network)
+    evaluating = mode == "inference"
+    network = place(network, device, DTYPES[dtype] if evaluating else torch.float32).train(not evaluating)
+    pixels = torch.randn(batch, 3, image_size, image_size, device=device)
     weights = sum(parameter.nbytes for parameter in network.parameters())
-    pixels = torch.randn(batch, 3, image_size, image_size)
     forget_peak()
     before = resident("VmRSS") - weights
-    call = training(network, pixels, False, False) if mode == "training" else inference(network.eval(), pixels)
-    call()
-    call()
-    return resident("VmHWM") - before
+    if evaluating:
+        call = inference(network, pixels.to(DTYPES[dtype]))
+    else:
+        call = training(network, pixels, dtype == "bfloat16", compiled=False)
+    for _ in range(3):
+        call()
+    return torch.cuda.max_memory_reserved() if device.type == "cuda" else resident("VmHWM") - before
+
+
+def place(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Moves all of a network; SimpleViT has its positions in a plain tensor, which `to` leaves behind."""
+    for name, value in vars(network).items():
+        if isinstance(value, torch.Tensor):
+            setattr(network, name, value.to(device, dtype))
+    return network.to(device, dtype)
 
 
 class Case:
@@ -128,10 +142,10 @@ class Case:
 
     def prepare(self, mode: str):
         """Moves the networks to the device; compiles ahead of time what is to be so."""
-        half = mode == "inference"
+        evaluating = mode == "inference"
         for network in self.networks.values():
-            network.to(self.device, DTYPES[self.dtype] if half else torch.float32).train(not half)
-        if half:
+            place(network, self.device, DTYPES[self.dtype] if evaluating else torch.float32).train(not evaluating)
+        if evaluating:
             pixels = self.pixels(2).to(DTYPES[self.dtype])
             expected = inference(self.networks[OURS], pixels)()
             for name, network in self.networks.items():
@@ -145,7 +159,9 @@ class Case:
         path = f"{self.folder.name}/{name} {way}.pt2".replace(" ", "-")
         try:
             self.frozen[name, way] = compile_inference(with_config(network, self.config), path, int8=way == "int8")
-        except Exception as error:  # whatever a peer's code or the compiler meets is what there is to tell of this side
+        except Exception as error:  # whatever a peer's code meets in the compiler is what there is to tell of that side
+            if name == OURS and not isinstance(error, ImportError):
+                raise
             self.missing[f"{name}, {way}"] = f"{type(error).__name__}: {error}".splitlines()[0]
             return
         self.note(f"{name}, {way}", logits_of(self.frozen[name, way](pixels)), inference(network, pixels)())
@@ -189,36 +205,27 @@ def measure(case: Case, mode: str, batches: list[int], rounds: int) -> list[dict
     rows = []
     for batch in batches:
         sides = case.sides(mode, batch)
-        if case.device.type == "cuda":
-            peaks = {}
-            for name, call in sides.items():
-                torch.cuda.reset_peak_memory_stats()
-                call()
-                peaks[name] = torch.cuda.max_memory_allocated()
         found = turns(sides, rounds, case.device)
         for name, times in found.items():
             row = {"case": case.title, "mode": mode, "batch": batch, "side": name, "seconds": times}
             row["images_per_second"] = batch / median(times)
             row["flops_per_second"] = case.flops[mode] * batch / median(times)
-            if case.device.type == "cuda":
-                row["peak_memory"] = peaks[name]
             rows.append(row)
         torch._dynamo.reset()
     return rows
 
 
 def table(rows: list[dict], ceiling: float) -> str:
-    """Images per second, in parentheses the ratio to our own eager side, and what is reached of the ceiling."""
+    """Images per second, in parentheses the ratio to our own first side, and what is reached of the ceiling."""
     batches = sorted({row["batch"] for row in rows})
     lines = [["", *(f"batch {batch}" for batch in batches), "of the product", "spread"]]
     for side in dict.fromkeys(row["side"] for row in rows):
         mine = {row["batch"]: row for row in rows if row["side"] == side}
-        base = {row["batch"]: row for row in rows if row["side"] == f"{OURS}, eager"}
+        base = {row["batch"]: row for row in rows if row["side"] == rows[0]["side"]}
         cells = []
         for batch in batches:
             speed = mine[batch]["images_per_second"]
-            ratio = f" ({speed / base[batch]['images_per_second']:.2f})" if base else ""
-            cells.append(f"{speed:,.1f}{ratio}")
+            cells.append(f"{speed:,.1f} ({speed / base[batch]['images_per_second']:.2f})")
         best = max(row["flops_per_second"] for row in mine.values())
         most = max(spread(row["seconds"]) for row in mine.values())
         lines.append([side, *cells, f"{best / ceiling:.0%}", f"{most:.1%}"])
@@ -269,7 +276,7 @@ def print_profile(case: Case, mode: str, batch: int) -> dict[str, dict[str, floa
             for _ in range(5):
                 call()
         cost = "self_device_time_total" if case.device.type == "cuda" else "self_cpu_time_total"
-        rows = {row.key: getattr(row, cost) for row in record.key_averages()}
+        rows = {row.key: getattr(row, cost) for row in record.key_averages() if row.device_type == DeviceType.CPU}
         shares[name] = {key: value / sum(rows.values()) for key, value in sorted(rows.items(), key=lambda r: -r[1])[:8]}
         print(f"{case.title}, {mode}, batch {batch}, {name}:")
         print("\n".join(f"  {share:6.1%}  {key}" for key, share in shares[name].items()))
@@ -286,20 +293,20 @@ def main():
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["eager", "fast", "int8"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory", action="store_true", help="peak memory of each network on a CPU, too")
+    parser.add_argument("--memory", action="store_true", help="peak memory of each eager network, too")
     parser.add_argument("--profile", action="store_true", help="show where eager's time goes, and measure nothing else")
-    parser.add_argument("--name", default="model", help="of the files in benchmarks/results")
+    parser.add_argument("--name", help="of the files in benchmarks/results; default: model, or profile")
     arguments = parser.parse_args()
     device, report = torch.device(arguments.device), {**machine(), "cases": [], "rows": []}
+    ways, name = (["eager"], "profile") if arguments.profile else (arguments.ways, "model")
+    path = RESULTS / f"{arguments.name or name}.json"
     print(told(report))
     for dtype in arguments.dtypes:
         ceiling = product_rate(device, DTYPES[dtype])
         print(f"{dtype} matrix product: {ceiling / 1e9:,.0f} GFLOP/s")
         for variant in arguments.variants:
             for image_size in arguments.image_sizes:
-                case = Case(variant, image_size, dtype, device, arguments.ways)
-                for name, why in case.missing.items():
-                    print(f"{name} is missing: {why}")
+                case = Case(variant, image_size, dtype, device, ways)
                 if arguments.profile:
                     for mode in arguments.modes:
                         for batch in arguments.batch_sizes:
@@ -310,6 +317,9 @@ def main():
                     rows = measure(case, mode, arguments.batch_sizes, arguments.rounds)
                     report["rows"] += rows
                     print(f"\n{case.title}: {mode}, images/s\n\n{table(rows, ceiling)}\n", flush=True)
+                    write_report(report, path)
+                for name, why in case.missing.items():
+                    print(f"{name} is missing: {why}")
                 for side, difference in case.differences.items():
                     print(f"  logits of {side}: {difference:.1e} from the expected ones")
                 told_of = {"case": case.title, "missing": case.missing, "differences": case.differences}
@@ -318,13 +328,13 @@ def main():
                     batch = max(arguments.batch_sizes)
                     for mode in arguments.modes:
                         for name in case.networks:
-                            peak = in_a_process(memory, variant, image_size, name, mode, batch)
+                            peak = in_a_process(memory, variant, image_size, dtype, device, name, mode, batch)
                             print(f"  {mode}, batch {batch}, {name}: {peak / 2**20:,.0f} MiB at most", flush=True)
                             row = {"case": case.title, "mode": mode, "batch": batch, "side": name, "peak_memory": peak}
                             report.setdefault("memory", []).append(row)
-    write_report(report, RESULTS / f"{arguments.name}.json")
+    write_report(report, path)
     if not arguments.profile:
-        plot(report["rows"], RESULTS / f"{arguments.name}.png")
+        plot(report["rows"], path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

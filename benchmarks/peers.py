@@ -34,7 +34,7 @@ def build(name: str, ours: ViTSimpleForImageClassification) -> nn.Module:
     """A peer's network of the shape of ours, on the CPU in float32.
 
     Raises:
-        ImportError: it is not installed, or cannot be loaded here.
+        ImportError: it is not installed.
     """
     config, state = ours.config, ours.state_dict()
     size, patch, width, depth = config.image_size, config.patch_size, config.hidden_size, config.num_hidden_layers

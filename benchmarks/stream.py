@@ -23,7 +23,7 @@ import torch
 from datasets import Image, load_dataset
 
 from benchmarks.data import rates
-from benchmarks.measure import flops_per_image, in_a_process, machine, write_report
+from benchmarks.measure import flops_per_image, in_a_process, machine, resident, write_report
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.batches import Images, Process, Rows
 from vit_simple.data import load_image_data
@@ -80,13 +80,13 @@ def peak_memory(folder: Path, count: int):
     """The bytes that one pass of a stream takes at most, and those before the first image."""
     torch.set_num_threads(1)
     read = reading(folder, streaming=True, workers=1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     images = read.training(BATCH, accumulation=1, first_step=0)
     for _ in range(count // BATCH):
         next(images)
     images.close()  # ends the decoding process, whose memory is then known
-    both = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"before": before * 1024, "peak": both * 1024}
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {"before": before, "peak": resident("VmHWM") + child}
 
 
 def step_config() -> ViTSimpleConfig:

@@ -7,7 +7,7 @@ import torch
 
 from conftest import run_python, tiny
 from vit_simple import ViTSimpleForImageClassification
-from vit_simple.inference import compile_inference, quantize
+from vit_simple.inference import compile_inference
 
 OPENED = """
 import sys, torch
@@ -46,10 +46,12 @@ def test_int8_stays_near_float32(run_folder, tmp_path):
     assert type(model.blocks[0].attn.qkv.weight) is torch.nn.Parameter  # a copy was quantised
 
 
-def test_a_network_in_int8_needs_torchao(monkeypatch):
+def test_a_network_in_int8_needs_torchao(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    model = tiny().train()
     with pytest.raises(ImportError, match="pip install torchao"):
-        quantize(tiny())
+        compile_inference(model, tmp_path / "vit.pt2", int8=True)
+    assert model.training
 
 
 def test_the_file_ends_in_pt2(tmp_path):
