@@ -5,8 +5,8 @@
 Both train the same network on 85 % of the images for as many epochs, with batches of one size, evaluate on the rest
 after each epoch and save the network; train.py tests it, too, and writes its card. The example opens every image anew
 and takes a random resized crop, train.py keeps them decoded and takes padded crops of whole batches: that is most of
-the difference. With --bf16 both multiply in bfloat16, and train.py compiles. Each run is a process; they take turns, after
-one of each that is not counted. `benchmarks/example.py` is the other side.
+the difference. With --bf16 both multiply in bfloat16, and train.py compiles. Each run is a process; they take turns,
+after one of each that is not counted. `benchmarks/example.py` is the other side.
 """
 
 import argparse
