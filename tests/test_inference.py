@@ -1,4 +1,8 @@
-"""Networks that are compiled ahead of time give what they gave before, and the int8 ones nearly that."""
+"""Networks that are compiled ahead of time give what they gave before, and the int8 ones nearly that.
+
+The tests of int8 need torchao: `pip install -e ".[int8]" -c constraints.txt`. It is not among what tests install, since
+transformers imports it wherever it is found, which takes a second in every process.
+"""
 
 import sys
 
@@ -35,6 +39,7 @@ def test_the_file_gives_the_networks_logits_for_any_batch_in_a_process_without_t
 
 def test_int8_stays_near_float32(run_folder, tmp_path):
     """Logits within 5 % of those in float32, for any picture."""
+    pytest.importorskip("torchao")
     model = ViTSimpleForImageClassification.from_pretrained(run_folder)
     fast = compile_inference(model, tmp_path / "digits.pt2", int8=True)
     pixels = torch.rand(500, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
