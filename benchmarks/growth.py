@@ -97,6 +97,7 @@ def plot(found: dict[str, dict[int, dict[str, float]]], path: Path):
             axis.set_title(f"exponent {exponent(values):.2f}", fontsize=10)
             axis.set_xlabel(kind)
             axis.set_xticks(list(points), [str(x) for x in points], fontsize=8)
+            axis.set_yticks([y for _, y in values], [f"{y:.3g}" for _, y in values], fontsize=8)
             axis.minorticks_off()
             if column == 0:
                 axis.set_ylabel(unit)
