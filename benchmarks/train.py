@@ -65,7 +65,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--name", default="train", help="of the file in benchmarks/results")
     arguments = parser.parse_args()
-    report = {**machine(), "options": vars(arguments), "seconds": {"train.py": [], "example": []}}
+    options = vars(arguments) | {"dataset_name": Path(arguments.dataset_name).name}
+    report = {**machine(), "options": options, "seconds": {"train.py": [], "example": []}}
     print(told(report))
     images = arguments.num_train_epochs * round((1 - HELD_OUT) * len(load_dataset(arguments.dataset_name)["train"]))
     precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if arguments.bf16 else "no"}
