@@ -24,6 +24,7 @@ from vit_simple.pixels import BadImage, Decoder, open_image, reasons
 
 CACHE_BYTES = 4 * 2**30  # the largest split that is kept decoded
 DECODE_BATCH = 256  # images decoded at a time for that
+MANY = 4096  # images that are worth the start of processes
 
 
 def seed_for(*key) -> int:
@@ -60,12 +61,13 @@ def values_of(table: pa.Table, column: str) -> list:
 
 @dataclass
 class Process:
-    """The process that reads: one of `world`, with so many decoding processes of its own."""
+    """The process that reads: one of `world`, with so many decoding processes beside the training, and before it."""
 
     device: torch.device
     workers: int = 0
     rank: int = 0
     world: int = 1
+    workers_before: int = 0
 
     def any(self, mine: bool) -> bool:
         """Whether it is so in any process; they all ask."""
@@ -137,10 +139,10 @@ class Rows:
         read = (self.read_row(row, "", 0, value, label, {}) for row, value, label in self.some(count))
         return [(image, target) for image, target in read if image is not None]
 
-    def load(self, **loading) -> Iterator:
-        """What the decoding processes make."""
+    def load(self, workers: int, **loading) -> Iterator:
+        """What so many decoding processes make."""
         pin = self.process.device.type == "cuda"
-        options = {"num_workers": self.process.workers, "worker_init_fn": leave_signals_to_the_parent}
+        options = {"num_workers": workers, "worker_init_fn": leave_signals_to_the_parent}
         return iter(DataLoader(collate_fn=as_it_is, pin_memory=pin, **options, **loading))
 
     def to_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -183,19 +185,20 @@ class Images(Rows, torch.utils.data.Dataset):
             targets.append(target)
         return self.batch(images, targets, bad)
 
-    def decoded(self, keys: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pixels, targets, bad in self.load(dataset=self, batch_sampler=keys):
+    def decoded(self, keys: Iterable, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for pixels, targets, bad in self.load(workers, dataset=self, batch_sampler=keys):
             self.note(bad)
             yield pixels, targets
 
     def keep(self, quiet: bool):
-        """Decodes the whole split once, onto the device."""
+        """Decodes the whole split once, onto the device, before the training."""
         pixels = torch.empty(self.size, *self.decode.shape, dtype=torch.uint8)
         targets = self.data.labels.blank(self.size + 1)  # the last is that of padding
         starts = range(0, self.size, DECODE_BATCH)
         keys = [(0, list(range(start, min(start + DECODE_BATCH, self.size)))) for start in starts]
         progress = tqdm(total=self.size, desc=f"decoding {self.split}", unit="image", leave=False, disable=quiet)
-        for start, (batch, batch_targets) in zip(starts, self.decoded(keys)):
+        workers = self.process.workers_before if self.size >= MANY else 0
+        for start, (batch, batch_targets) in zip(starts, self.decoded(keys, workers)):
             pixels[start : start + len(batch)], targets[start : start + len(batch)] = batch, batch_targets
             progress.update(len(batch))
         progress.close()
@@ -204,7 +207,7 @@ class Images(Rows, torch.utils.data.Dataset):
     def batches(self, keys: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """On the device: uint8 pixels (B, C, H, W) and targets (B,) or (B, K) for each key."""
         if self.kept is None:
-            for batch in self.decoded(keys):
+            for batch in self.decoded(keys, self.process.workers):
                 yield self.to_device(*batch)
         else:
             for _, rows in keys:

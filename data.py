@@ -1,6 +1,7 @@
 """From a name to a data set whose columns and labels are known, on the Hub or on disk, as a whole or as a stream."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,16 @@ import numpy as np
 from datasets import (
     Array2D,
     Array3D,
-    ClassLabel,
     Dataset,
     DatasetDict,
     Features,
     Image,
     IterableDataset,
-    Value,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.utils.stratify import stratified_shuffle_split_generate_indices
 from tqdm import tqdm
 
 from vit_simple.labels import SINGLE, Labels, column_names, find_label_column, kind_of, labels_of, tally
@@ -209,7 +209,7 @@ def load_image_data(
         except ValueError as error:
             reason = f"{error}; integers and words are classes, floats are numbers" if kind == "value" else error
             raise ValueError(f"--train_val_split: {validation_fraction} does not suit {name!r}: {reason}") from error
-        used["train"], used["validation"] = (train.select(parts[part]["row"]) for part in ("train", "test"))
+        used["train"], used["validation"] = (train.select(rows) for rows in parts)
     for split, rows in used.items():
         most = max_train_samples if split == "train" else max_eval_samples
         if most is not None and most < len(rows):
@@ -228,11 +228,15 @@ def stream_labels(column: IterableDataset, split: str) -> Iterator:
     progress.close()
 
 
-def split_rows(targets: list, labels: Labels, fraction: float, seed: int) -> DatasetDict:
-    """The rows of "train" and of "test", in a column "row": drawn by seed and, for single labels, of equal shares."""
-    rows = {"row": range(len(targets))}
+def split_rows(targets: list, labels: Labels, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of "train" and those of "validation": drawn by seed and, for single labels, of equal shares.
+
+    Raises:
+        ValueError: a class is too small to be in both.
+    """
+    draw, held_out = np.random.default_rng(seed), math.ceil(fraction * len(targets))
     if labels.problem_type != SINGLE:
-        return Dataset.from_dict(rows).train_test_split(fraction, seed=seed)
-    features = Features({"row": Value("int64"), "target": ClassLabel(num_classes=len(labels.class_names))})
-    rows = Dataset.from_dict({**rows, "target": targets}, features)  # in memory: splitting it writes no file
-    return rows.train_test_split(fraction, seed=seed, stratify_by_column="target")
+        rows = draw.permutation(len(targets))
+        return rows[held_out:], rows[:held_out]
+    # Dataset.train_test_split does the same, but reads the labels one by one.
+    return next(stratified_shuffle_split_generate_indices(targets, len(targets) - held_out, held_out, draw))

@@ -57,7 +57,7 @@ class TrainConfig:
         "data", "auto", ("auto", "off"), "auto: keep splits of up to 4 GiB decoded, if never cropped"
     )
     dataloader_num_workers: int | None = option(
-        "data", None, AMOUNT, "decoding processes; default: all cores; on CPU none, one for a stream"
+        "data", None, AMOUNT, "decoding processes; default: all cores; while a CPU trains none, one for a stream"
     )
     random_resized_crop: float | None = option(
         "data", None, CHANCE, "least part kept; 0: none; default: 0.08; none if kept and of equal size"

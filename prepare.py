@@ -252,10 +252,12 @@ def once(accelerator: Accelerator, make: Callable):
 
 
 def process_of(config: TrainConfig, accelerator: Accelerator) -> Process:
-    """This process; on accelerators it has a decoding process for each core, on a CPU one to read a stream."""
-    workers = config.dataloader_num_workers
+    """This process. It decodes with a process for each core before the training; beside it, too, on accelerators, and
+    on a CPU, which then trains, with one to read a stream."""
+    workers = workers_before = config.dataloader_num_workers
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = int(config.streaming) if accelerator.device.type == "cpu" else min(cores // local, 16)
-    return Process(accelerator.device, workers, accelerator.process_index, accelerator.num_processes)
+        workers_before = min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16)
+        workers = int(config.streaming) if accelerator.device.type == "cpu" else workers_before
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return Process(accelerator.device, workers, rank, world, workers_before)

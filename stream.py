@@ -131,7 +131,7 @@ class Stream(Rows):
 
     def read(self, read: Callable[[int], Iterator]) -> Iterator:
         """What the readers make, in turn. Raises BadImage where one of them came to an untimely end."""
-        for batch in self.load(dataset=Reader(read), batch_size=None):
+        for batch in self.load(self.process.workers, dataset=Reader(read), batch_size=None):
             if isinstance(batch, str):
                 raise BadImage(f"--dataset_name: the split {self.split!r} cannot be read on: {batch}")
             yield batch

@@ -70,7 +70,7 @@ def decode(name: str, count: int):
     before, start = resident("VmRSS"), time.perf_counter()
     data = load_image_data(name, validation_fraction=0, max_train_samples=count)
     processor = open_processor(processor_content(TrainConfig(), (32, 32), cropped=False))
-    images = Images(data, "train", Decoder(processor, (3, 32, 32), 0.0), Process(torch.device("cpu")))
+    images = Images(data, "train", Decoder(processor, (3, 32, 32)), Process(torch.device("cpu")))
     if data.sizes["train"] < count:
         raise ValueError(f"--small: expected at least {count} training images, got {data.sizes['train']}")
     images.keep(quiet=True)

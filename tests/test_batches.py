@@ -24,6 +24,10 @@ def test_pixels_are_the_processors_own_before_it_scales_them():
     assert pixels.shape == (360, 3, 8, 8) and pixels.dtype == torch.uint8
     raw = load_dataset(DIGITS, split="test")
     assert np.array_equal(pixels[7, 0].numpy(), np.array(raw[7]["image"])) and labels.tolist() == raw["label"][:]
+    cropped = processor(8, cropped=True)
+    pixels, _ = read(images_of(load_image_data(DIGITS), "test", cropped, (8, 8)), rows=[7])
+    expected = cropped(raw[7]["image"].convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="pt")
+    assert torch.equal(pixels, expected.pixel_values)
 
 
 def test_photographs_are_turned_and_cropped_as_the_pipeline_does(tmp_path):
@@ -41,11 +45,13 @@ def test_photographs_are_turned_and_cropped_as_the_pipeline_does(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_kept_pixels_equal_those_decoded_again(workers):
+def test_kept_pixels_equal_those_decoded_again(monkeypatch, workers):
+    monkeypatch.setattr("vit_simple.batches.MANY", 0)
+    monkeypatch.setattr("vit_simple.batches.DECODE_BATCH", 32)
     kept, again = (
         images_of(load_image_data(DIGITS, max_train_samples=100), "train", processor(8), (8, 8)) for _ in range(2)
     )
-    kept.process.workers = workers
+    kept.process.workers_before = workers
     kept.keep(quiet=True)
     for one, other in zip(read(kept), read(again, workers)):
         assert torch.equal(one, other)
