@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,5 +239,8 @@ def split_rows(targets: list, labels: Labels, fraction: float, seed: int) -> tup
     if labels.problem_type != SINGLE:
         rows = draw.permutation(len(targets))
         return rows[held_out:], rows[:held_out]
+    fewest, count = min(Counter(targets).items(), key=lambda item: item[1])
+    if count == 1:
+        raise ValueError(f"the class {labels.class_names[fewest]!r} has one image alone, which cannot be in both parts")
     # Dataset.train_test_split does the same, but reads the labels one by one.
     return next(stratified_shuffle_split_generate_indices(targets, len(targets) - held_out, held_out, draw))

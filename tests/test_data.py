@@ -103,7 +103,7 @@ def test_columns_that_do_not_fit_are_named_with_those_there_are(tmp_path):
         ([0, 1, -1, -1], ["a", "b"], r"expected labels from 0 to 1, got -1 in row 2 of the split 'train' \(2 such"),
         ([1, 1, 1, 1], ["a", "b"], "expected several classes in the split 'train', got 1 only"),
         ([0, 0, 0, 0], ["a"], r"expected at least two classes in 'label', got \['a'\]"),
-        ([0, 0, 0, 1], ["a", "b"], "--train_val_split: 0.25 does not suit"),
+        ([0, 0, 0, 1], ["a", "b"], "--train_val_split: 0.25 does not suit .*: the class 'b' has one image alone"),
     ],
 )
 def test_labels_that_cannot_be_learned_are_refused(tmp_path, labels, names, message):
