@@ -5,8 +5,9 @@
 Both train the same network on 85 % of the images for as many epochs, with batches of one size, evaluate on the rest
 after each epoch and save the network; train.py tests it, too, and writes its card. The example opens every image anew
 and takes a random resized crop, train.py keeps them decoded and takes padded crops of whole batches: that is most of
-the difference. With --bf16 both multiply in bfloat16, and train.py compiles. Each run is a process; they take turns,
-after one of each that is not counted. `benchmarks/example.py` is the other side.
+the difference, and the more so, the more epochs there are. With --bf16 both multiply in bfloat16, and train.py
+compiles. Each run is a process; they take turns, after one of each that is not counted. `benchmarks/example.py` is the
+other side.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def main():
     parser.add_argument("--image_column_name", default="image")
     parser.add_argument("--variant", default="notebook/8", help="of the network; the default is a tiny one")
     parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--num_train_epochs", type=int, default=3)
+    parser.add_argument("--num_train_epochs", type=int, default=5)
     parser.add_argument("--per_device_train_batch_size", type=int, default=128)
     parser.add_argument("--bf16", action="store_true", help="both in bf16, and train.py compiled, as on a GPU")
     parser.add_argument("--rounds", type=int, default=3)
