@@ -41,7 +41,8 @@ def compile_inference(model: PreTrainedModel, path: str | Path, int8: bool = Fal
     `import transformers.modeling_outputs`.
 
     Args:
-        model: a ViTSimple network, left as it is; what it computes in evaluation, in its own dtype on its own device.
+        model: a ViTSimple network, left as it is; what it computes in evaluation, on its own device and in its own
+            dtype, in which it then takes `pixel_values`, too.
         path: of the file to write, ending in .pt2.
         int8: multiply in int8, see `quantize`.
 

@@ -1,9 +1,10 @@
-"""How often a compiled network and one in int8 give the answer of the network itself, on the test images of a data set.
+"""How often a compiled network, in float32, bfloat16 or int8, gives the answer of the network itself on test images.
 
 python -m benchmarks.agreement outputs/cifar10 --dataset_name uoft-cs/cifar10 --image_column_name img
 """
 
 import argparse
+import copy
 import tempfile
 from pathlib import Path
 
@@ -32,13 +33,14 @@ def main():
         sides = {
             "eager": model,
             "fast": compile_inference(model, Path(folder) / "float32.pt2"),
+            "bf16": compile_inference(copy.deepcopy(model).to(torch.bfloat16), Path(folder) / "bfloat16.pt2"),
             "int8": compile_inference(model, Path(folder) / "int8.pt2", int8=True),
         }
         answers = {side: [] for side in sides}
         for batch in rows.iter(256):
             pixels = processor(batch[arguments.image_column_name], return_tensors="pt").pixel_values
             for side, network in sides.items():
-                answers[side].append(network(pixels).logits.argmax(-1))
+                answers[side].append(network(pixels.bfloat16() if side == "bf16" else pixels).logits.argmax(-1))
     for side, parts in answers.items():
         answer, expected = torch.cat(parts), torch.cat(answers["eager"])
         right, same = ((answer == other).float().mean().item() for other in (labels, expected))

@@ -8,10 +8,11 @@ The sides take turns, in another order each round; a ratio is that of medians, a
 between the quartiles. The ceiling is a large square matrix product, measured here: what a network reaches of it are the
 operations of its matrix products over time. A training step is forward, loss, backward and fused AdamW. bfloat16 is
 autocast in training and the weights' own type in inference. Ways: eager; compiled, by torch.compile (max-autotune on a
-GPU); fast, by vit_simple.inference; int8, by that, too. `benchmarks/peers.py` tells how to bring the peers.
+GPU); fast, by vit_simple.inference; bf16 and int8, by that, too. `benchmarks/peers.py` tells how to bring the peers.
 """
 
 import argparse
+import copy
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -40,7 +41,7 @@ from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.inference import compile_inference
 
 OURS = "vit_simple"
-WAYS = ("eager", "compiled", "fast", "int8")
+WAYS = ("eager", "compiled", "fast", "bf16", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -151,20 +152,24 @@ class Case:
             for name, network in self.networks.items():
                 if not name.startswith("vit-pytorch"):  # which has other weights
                     self.note(name, inference(network, pixels)(), expected)
-                for way in ("fast", "int8"):
+                for way in ("fast", "bf16", "int8"):
                     if way in self.ways and (way == "fast" or name == OURS):
                         self.freeze(name, way, network, pixels)
 
     def freeze(self, name: str, way: str, network: nn.Module, pixels: torch.Tensor):
         path = f"{self.folder.name}/{name} {way}.pt2".replace(" ", "-")
+        compiled = copy.deepcopy(network).to(torch.bfloat16) if way == "bf16" else with_config(network, self.config)
         try:
-            self.frozen[name, way] = compile_inference(with_config(network, self.config), path, int8=way == "int8")
+            self.frozen[name, way] = compile_inference(compiled, path, int8=way == "int8")
         except Exception as error:  # whatever a peer's code meets in the compiler is what there is to tell of that side
             if name == OURS and not isinstance(error, ImportError):
                 raise
             self.missing[f"{name}, {way}"] = f"{type(error).__name__}: {error}".splitlines()[0]
             return
-        self.note(f"{name}, {way}", logits_of(self.frozen[name, way](pixels)), inference(network, pixels)())
+        self.note(f"{name}, {way}", self.frozen_call(name, way, pixels)(), inference(network, pixels)())
+
+    def frozen_call(self, name: str, way: str, pixels: torch.Tensor):
+        return inference(self.frozen[name, way], pixels.bfloat16() if way == "bf16" else pixels)
 
     def note(self, side: str, logits: torch.Tensor, expected: torch.Tensor):
         """How far the logits are from the expected ones, as a part of the largest of these."""
@@ -188,7 +193,7 @@ class Case:
                     compiled = torch.compile(network, mode=mode_of(self.device), dynamic=False)
                     sides[f"{name}, {way}"] = inference(compiled, pixels)
                 elif (name, way) in self.frozen:
-                    sides[f"{name}, {way}"] = inference(self.frozen[name, way], pixels)
+                    sides[f"{name}, {way}"] = self.frozen_call(name, way, pixels)
         return sides
 
 
@@ -242,7 +247,7 @@ def plot(rows: list[dict], path: Path):
 
     panels = list(dict.fromkeys((row["case"], row["mode"]) for row in rows))
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained")
-    styles = {"eager": "-", "compiled": "--", "fast": ":", "int8": "-."}
+    styles = {"eager": "-", "compiled": "--", "fast": ":", "bf16": (0, (3, 1, 1, 1)), "int8": "-."}
     names = list(dict.fromkeys(row["side"].rpartition(", ")[0] for row in rows))
     for axis, (case, mode) in zip(axes[0], panels):
         mine = [row for row in rows if (row["case"], row["mode"]) == (case, mode)]
@@ -290,7 +295,7 @@ def main():
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["eager", "fast", "int8"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["eager", "fast", "bf16", "int8"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory", action="store_true", help="peak memory of each eager network, too")
