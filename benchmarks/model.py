@@ -246,7 +246,9 @@ def plot(rows: list[dict], path: Path):
     import matplotlib.pyplot as plt
 
     panels = list(dict.fromkeys((row["case"], row["mode"]) for row in rows))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels) + 2.5, 4), squeeze=False, layout="constrained"
+    )
     styles = {"eager": "-", "compiled": "--", "fast": ":", "bf16": (0, (3, 1, 1, 1)), "int8": "-."}
     names = list(dict.fromkeys(row["side"].rpartition(", ")[0] for row in rows))
     for axis, (case, mode) in zip(axes[0], panels):
@@ -254,7 +256,7 @@ def plot(rows: list[dict], path: Path):
         for side in dict.fromkeys(row["side"] for row in mine):
             name, _, way = side.rpartition(", ")
             points = [(row["batch"], row["images_per_second"]) for row in mine if row["side"] == side]
-            axis.plot(*zip(*points), styles[way], color=f"C{names.index(name)}", marker=".", label=side)
+            axis.plot(*zip(*points), linestyle=styles[way], color=f"C{names.index(name)}", marker=".", label=side)
         axis.set_xscale("log", base=2)
         axis.set_xticks([row["batch"] for row in mine], [str(row["batch"]) for row in mine])
         axis.set(title=f"{case}: {mode}", xlabel="batch size", ylabel="images/s")
