@@ -233,9 +233,11 @@ def split_rows(targets: list, labels: Labels, fraction: float, seed: int) -> tup
     """The rows of "train" and those of "validation": drawn by seed and, for single labels, of equal shares.
 
     Raises:
-        ValueError: a class is too small to be in both.
+        ValueError: a class is too small to be in both, or nothing is left to train on.
     """
     draw, held_out = np.random.default_rng(seed), math.ceil(fraction * len(targets))
+    if held_out == len(targets):
+        raise ValueError(f"all of the {held_out} images would be held out")
     if labels.problem_type != SINGLE:
         rows = draw.permutation(len(targets))
         return rows[held_out:], rows[:held_out]

@@ -129,3 +129,11 @@ def test_a_test_split_whose_labels_are_secret_is_left_out(tmp_path, secret):
 def test_a_data_set_without_train_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected a 'train' split in .*, got test"):
         load(save(tmp_path / "set", [0, 1], split="test"))
+
+
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(tmp_path):
+    rows = Dataset.from_dict({"image": PICTURES[:4], "price": [0.5, 1.5, 2.5, 4.0]}).cast_column("image", Image())
+    rows.save_to_disk(tmp_path / "prices")
+    with pytest.raises(ValueError, match=r"0.9 does not suit .*: all of the 4 images would be held out"):
+        load(str(tmp_path / "prices"), fraction=0.9)
+    assert load(str(tmp_path / "prices"), fraction=0.5).sizes == {"train": 2, "validation": 2}

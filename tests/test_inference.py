@@ -1,9 +1,10 @@
-"""Networks that are compiled ahead of time give what they gave before, and the int8 ones nearly that.
+"""Networks that are compiled ahead of time give what they gave before, those in bfloat16 and int8 nearly that.
 
 The tests of int8 need torchao: `pip install -e ".[int8]" -c constraints.txt`. It is not among what tests install, since
 transformers imports it wherever it is found, which takes a second in every process.
 """
 
+import copy
 import sys
 
 import pytest
@@ -35,6 +36,17 @@ def test_the_file_gives_the_networks_logits_for_any_batch_in_a_process_without_t
     torch.save(pixels, tmp_path / "pixels")
     run_python(sys.executable, tmp_path / "work", OPENED, tmp_path / "vit.pt2", tmp_path / "pixels")
     torch.testing.assert_close(torch.load(tmp_path / "pixels"), expected, **bound)
+
+
+def test_a_copy_in_bfloat16_stays_near_float32(tmp_path):
+    model = tiny(num_hidden_layers=1).eval()
+    fast = compile_inference(copy.deepcopy(model).to(torch.bfloat16), tmp_path / "vit.pt2")
+    pixels = torch.randn(3, 3, *[model.config.image_size] * 2)
+    with torch.no_grad():
+        expected = model(pixels).logits
+    logits = fast(pixels.bfloat16()).logits
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - expected).norm() < 0.05 * expected.norm()
 
 
 def test_int8_stays_near_float32(run_folder, tmp_path):
