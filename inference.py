@@ -44,17 +44,19 @@ def compile_inference(model: PreTrainedModel, path: str | Path, int8: bool = Fal
         model: a ViTSimple network, left as it is; what it computes in evaluation, on its own device and in its own
             dtype, in which it then takes `pixel_values`, too.
         path: of the file to write, ending in .pt2.
-        int8: multiply in int8, see `quantize`.
+        int8: multiply in int8, see `quantize`; on a CPU.
 
     Returns:
         A function of `pixel_values` (B, C, H, W), of the network's own image size and any B, to what the network gives.
 
     Raises:
         ImportError: `int8` without torchao.
-        ValueError: a path that does not end in .pt2.
+        ValueError: a path that does not end in .pt2, or int8 elsewhere than on a CPU.
     """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"path: expected one that ends in .pt2, got {path}")
+    if int8 and model.device.type != "cpu":
+        raise ValueError(f"int8: expected a network on the CPU, got one on {model.device}: bfloat16 serves there")
     modes = [(module, module.training) for module in model.modules()]
     shape = (2, model.config.num_channels, *pair(model.config.image_size))
     example = torch.zeros(shape, device=model.device, dtype=model.dtype)

@@ -1,7 +1,8 @@
 """ViTSimple: a plain Vision Transformer (Dosovitskiy et al., arXiv:2010.11929) that reads from top to bottom.
 
 Letters in the shape comments: B batch, C num_channels, H W image height and width in pixels, P patch size, N patches =
-(H/P)(W/P), T tokens = prefix (class token, registers) + N, D hidden_size, h heads, d = D/h, K num_labels.
+(H/P)(W/P), T tokens = prefix (class token, registers) + N, D hidden_size, h heads, d = D/h, K num_labels; Q is T, or 1
+in the last block of a classifier that pools the class token, since no other token counts behind that attention.
 A checkpoint has timm's keys, and one file serves the backbone and the classifier.
 """
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -79,14 +81,14 @@ def resample_kernel(kernel: torch.Tensor, patch_size: tuple[int, int], channels:
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out, with the signature of `ALL_ATTENTION_FUNCTIONS`; images have no mask."""
-    weights = (query * scaling) @ key.transpose(-2, -1)  # (B, h, T, d) x (B, h, d, T) -> (B, h, T, T)
+    weights = (query * scaling) @ key.transpose(-2, -1)  # (B, h, Q, d) x (B, h, d, T) -> (B, h, Q, T)
     weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    x = F.dropout(weights, dropout, module.training) @ value  # (B, h, T, T) x (B, h, T, d) -> (B, h, T, d)
-    return x.transpose(1, 2), weights  # (B, T, h, d), (B, h, T, T)
+    x = F.dropout(weights, dropout, module.training) @ value  # (B, h, Q, T) x (B, h, T, d) -> (B, h, Q, d)
+    return x.transpose(1, 2), weights  # (B, Q, h, d), (B, h, Q, T)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (arXiv:1706.03762, section 3.2): (B, T, D) -> (B, T, D)."""
+    """Multi-head attention (arXiv:1706.03762, section 3.2) of the first Q tokens to all: (B, T, D) -> (B, Q, D)."""
 
     is_causal = False
 
@@ -98,16 +100,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        B, T, D = x.shape
-        d = D // self.num_heads
-        query, key, value = self.qkv(x).view(B, T, 3, self.num_heads, d).permute(2, 0, 3, 1, 4)  # 3 x (B, h, T, d)
+    def forward(self, x: torch.Tensor, Q: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        (B, T, D), h = x.shape, self.num_heads
+        parts = self.qkv(x).chunk(3, dim=-1)  # 3 x (B, T, D)
+        query, key, value = (part.view(B, T, h, D // h).transpose(1, 2) for part in parts)  # 3 x (B, h, T, d)
+        query = query[:, :, :Q]
         implementation = self.config._attn_implementation
         attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        # is_causal is said in the call too: older sdpa wrappers take it from nowhere else and mask the future.
-        x, weights = attend(self, query, key, value, None, scaling=d**-0.5, dropout=dropout, is_causal=False)
-        return self.dropout(self.proj(x.reshape(B, T, D))), weights
+        x, weights = attend(self, query, key, value, None, scaling=(D // h) ** -0.5, dropout=dropout)
+        return self.dropout(self.proj(x.reshape(B, Q or T, D))), weights
 
 
 class Mlp(nn.Module):
@@ -160,8 +162,8 @@ class DropPath(nn.Module):
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
 
 
-class Block(nn.Module):
-    """Attention, then MLP, each with a LayerNorm before and a residual around it: (B, T, D) -> (B, T, D)."""
+class Block(GradientCheckpointingLayer):
+    """Attention, then MLP, each with a LayerNorm before and a residual around it: (B, T, D) -> (B, Q, D)."""
 
     def __init__(self, config: ViTSimpleConfig, drop_path_rate: float):
         super().__init__()
@@ -174,9 +176,9 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config) if scaled else nn.Identity()
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.attn(self.norm1(x))
-        x = x + self.drop_path(self.ls1(attended))
+    def forward(self, x: torch.Tensor, Q: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.attn(self.norm1(x), Q)
+        x = x[:, :Q] + self.drop_path(self.ls1(attended))
         x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
         return x, weights
 
@@ -300,7 +302,6 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
         self.blocks = nn.ModuleList(Block(config, config.drop_path_rate * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = nn.Identity() if config.fc_norm else nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.fc_norm = nn.LayerNorm(D, eps=config.layer_norm_eps) if config.fc_norm else nn.Identity()
-        self.gradient_checkpointing = False
         self.post_init()
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
@@ -345,6 +346,7 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        pooled_only: bool = False,
     ) -> BaseModelOutputWithPooling | tuple:
         """Images to features.
 
@@ -354,10 +356,12 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
             output_attentions: adds the attention weights of each block, (B, h, T, T).
             output_hidden_states: adds the input of the first block and the output of each, (B, T, D).
             return_dict: False returns a tuple.
+            pooled_only: where `pooler_output` is the class token, and neither attentions nor hidden states are asked
+                for, no other token passes the attention of the last block, nor is it in `last_hidden_state`.
 
         Returns:
-            `last_hidden_state` (B, T, D), after the final LayerNorm but for `fc_norm`; `pooler_output` (B, D), what the
-            head receives.
+            `last_hidden_state` (B, T, D), or (B, 1, D) by `pooled_only`, after the final LayerNorm but for `fc_norm`;
+            `pooler_output` (B, D), what the head receives.
 
         Raises:
             ValueError: pixels of another rank, dtype, channel count or size; attentions where they are not computed.
@@ -375,11 +379,9 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
         x = self.embed(pixel_values.to(self.patch_embed.proj.weight.dtype))  # (B, T, D)
         hidden_states = (x,) if output_hidden_states else None
         attentions = () if output_attentions else None
+        class_token_only = pooled_only and config.pooling == "cls" and not (output_attentions or output_hidden_states)
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
-                x, weights = self._gradient_checkpointing_func(block.__call__, x)
-            else:
-                x, weights = block(x)
+            x, weights = block(x, 1 if class_token_only and block is self.blocks[-1] else None)
             hidden_states = hidden_states + (x,) if output_hidden_states else None
             attentions = attentions + (weights,) if output_attentions else None
         x = self.norm(x)
@@ -439,10 +441,13 @@ class ViTSimpleForImageClassification(ViTSimpleModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput | tuple:
-        """Images to `logits` (B, K) and, where there are labels, to the mean `loss`; the rest as for the backbone."""
-        features = super().forward(
-            pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, return_dict=True
-        )
+        """Images to `logits` (B, K) and, where there are labels, to the mean `loss`; the rest as for the backbone.
+
+        It is run with `pooled_only`: a forward hook behind the attention of the last block sees the class token alone,
+        where that is pooled, unless `output_hidden_states` asks for all.
+        """
+        asked = interpolate_pos_encoding, output_attentions, output_hidden_states
+        features = super().forward(pixel_values, *asked, return_dict=True, pooled_only=True)
         logits = self.head(features.pooler_output)  # (B, K)
         loss = None if labels is None else self.loss(logits, labels)
         output = ImageClassifierOutput(loss, logits, features.hidden_states, features.attentions)

@@ -71,6 +71,8 @@ def test_a_network_in_int8_needs_torchao(tmp_path, monkeypatch):
     assert model.training
 
 
-def test_the_file_ends_in_pt2(tmp_path):
+def test_what_cannot_be_compiled_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected one that ends in \.pt2, got .*vit\.so"):
         compile_inference(tiny(), tmp_path / "vit.so")
+    with pytest.raises(ValueError, match="expected a network on the CPU, got one on meta"):
+        compile_inference(tiny().to("meta"), tmp_path / "vit.pt2", int8=True)

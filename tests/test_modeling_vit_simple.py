@@ -156,15 +156,19 @@ def tokens_and_positions_start_random(module):
 SLIPS = {
     "key and value from the query's projection": (
         key_and_value_have_their_own_projections,
-        "query, key, value = self.qkv(x).view(B, T, 3, self.num_heads, d).permute(2, 0, 3, 1, 4)",
-        "query = key = value = self.qkv(x).view(B, T, 3, self.num_heads, d).permute(2, 0, 3, 1, 4)[0]",
+        "query, key, value = (part.",
+        "query = key = value = next(part.",
     ),
     "heads not moved in front of the tokens": (
         attention_mixes_tokens_and_keeps_heads_apart,
-        ".permute(2, 0, 3, 1, 4)",
-        ".permute(2, 0, 1, 3, 4)",
+        "part.view(B, T, h, D // h).transpose(1, 2)",
+        "part.view(B, T, h, D // h)",
     ),
-    "scaled by the full width": (scores_are_scaled_by_the_width_of_a_head, "scaling=d**-0.5", "scaling=D**-0.5"),
+    "scaled by the full width": (
+        scores_are_scaled_by_the_width_of_a_head,
+        "scaling=(D // h) ** -0.5",
+        "scaling=D**-0.5",
+    ),
     "positions never added": (
         positions_are_added,
         "self.dropout(x + self.positions(H // P_height, W // P_width))",
@@ -172,8 +176,8 @@ SLIPS = {
     ),
     "the second residual adds the block's input": (
         both_branches_of_a_block_reach_its_output,
-        "        x = x + self.drop_path(self.ls1(attended))\n        x = x + self.drop_path(",
-        "        y = x + self.drop_path(self.ls1(attended))\n        x = x + 0 * y + self.drop_path(",
+        "        x = x[:, :Q] + self.drop_path(self.ls1(attended))\n        x = x + self.drop_path(",
+        "        y = x[:, :Q] + self.drop_path(self.ls1(attended))\n        x = x + 0 * y + self.drop_path(",
     ),
     "class token and positions start at zero": (
         tokens_and_positions_start_random,
@@ -289,6 +293,21 @@ def test_pooling_takes_the_class_token_or_the_mean_of_the_patches_only(pixels):
     assert torch.equal(output.pooler_output, output.last_hidden_state[:, 3:].mean(dim=1))
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("pooling, tokens", [("cls", 1), ("mean", 19)])
+def test_no_token_passes_the_last_block_for_nothing(pixels, pooling, tokens, attention):
+    model, seen = tiny(**{**EVERY_SWITCH, "pooling": pooling}, attn_implementation=attention), []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda mlp, inputs, output: seen.append(output.shape[1]))
+    spared = ViTSimpleModel.forward(model, pixels, pooled_only=True)
+    logits = model(pixels).logits
+    assert seen == [19, 19, tokens] * 2 and spared.last_hidden_state.shape == (6, tokens, 32)
+    whole = ViTSimpleModel.forward(model, pixels)
+    assert_close(spared.pooler_output, whole.pooler_output)
+    assert_close(logits, model(pixels, output_hidden_states=True).logits)
+    assert seen[6:] == [19] * 6 and whole.last_hidden_state.shape == (6, 19, 32)
+
+
 def test_registers_stand_between_class_token_and_patches(pixels):
     model = tiny(num_register_tokens=2)
     tokens = model(pixels, output_hidden_states=True).hidden_states[0]
@@ -383,16 +402,17 @@ def test_eager_and_sdpa_attention_agree_and_can_be_switched(pixels):
     assert_close(model(pixels).logits, sdpa)
 
 
-def test_gradient_checkpointing_changes_no_gradient(pixels):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(pixels, reentrant):
     plain, checkpointed = tiny(drop_path_rate=0.3).train(), tiny(drop_path_rate=0.3).train()
-    checkpointed.gradient_checkpointing_enable()
-    calls = []
-    checkpoint = checkpointed._gradient_checkpointing_func
-    checkpointed._gradient_checkpointing_func = lambda *arguments: calls.append(1) or checkpoint(*arguments)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    runs = []
     for model in (plain, checkpointed):
+        for block in model.blocks:
+            block.norm1.register_forward_hook(lambda *_: runs.append(1))
         torch.manual_seed(0)
         model(pixels, labels=CLASSES).loss.backward()
-    assert len(calls) == 3
+    assert len(runs) == 3 + 2 * 3
     for ours, theirs in zip(checkpointed.parameters(), plain.parameters()):
         assert torch.equal(ours.grad, theirs.grad)
 
@@ -418,8 +438,9 @@ def test_a_training_step_compiles_into_one_graph_once(pixels):
     ).logits.equal(model(other, interpolate_pos_encoding=True).logits)
 
 
-def test_export_with_any_batch_size(pixels):
-    model = tiny(**EVERY_SWITCH)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_export_with_any_batch_size(pixels, pooling):
+    model = tiny(**{**EVERY_SWITCH, "pooling": pooling})
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     program = torch.export.export(model, (pixels,), dynamic_shapes=shapes)
     for batch in (1, 5):
