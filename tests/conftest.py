@@ -4,7 +4,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test reaches for the Hub
+# Before the libraries read it: no test reaches for the Hub, and each of the processes that run tests takes one core.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import numpy as np
 import PIL.Image

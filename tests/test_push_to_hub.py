@@ -107,6 +107,22 @@ for line in {pinned!r}:
     assert f"{said['correct']} of them right" in card.text
 
 
+SEVERAL_PUSHES = """
+import contextlib, io, json, sys
+from vit_simple.push_to_hub import main
+
+said = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            main(arguments)
+        except SystemExit as error:
+            print(error)
+    said.append(printed.getvalue())
+print(json.dumps(said))
+"""
+
+
 def test_a_push_again_does_nothing_and_a_changed_card_goes_to_a_branch_a_tag_and_a_request(trained, tmp_path):
     hub, folder, _ = trained
     before, written = head(hub), (folder / "README.md").read_text()
@@ -115,16 +131,18 @@ def test_a_push_again_does_nothing_and_a_changed_card_goes_to_a_branch_a_tag_and
     assert head(hub).sha == before.sha and (folder / "README.md").read_text() == written
 
     (folder / "README.md").write_text(written + "\nBy hand.\n")
-    tagged = push(hub, tmp_path, folder, NAME, "--revision", "next", "--tag", "v1", "--commit_message", "By hand")
-    assert tagged.returncode == 0, tagged.stderr
+    branch = ["--revision", "next", "--tag", "v1", "--commit_message", "By hand"]
+    pushes = [branch, ["--create_pr"], ["--create_pr"], ["--tag", "v1"]]
+    arguments = json.dumps([[str(folder), NAME, *options] for options in pushes])
+    result = call(hub, tmp_path, "-c", SEVERAL_PUSHES, arguments)
+    assert result.returncode == 0, result.stderr
+    _, requested, again, refused = json.loads(result.stdout.splitlines()[-1])
     assert head(hub).sha == before.sha and head(hub, "v1").sha == head(hub, "next").sha
     card = head(hub, "v1").files["README.md"].decode()
     assert head(hub, "v1").title == "By hand" and 'revision="v1"' in card and card.endswith("\nBy hand.\n")
-    request = push(hub, tmp_path, folder, NAME, "--create_pr")
-    assert f"{hub.url}/{NAME}/discussions/1" in request.stdout, request.stderr
-    assert head(hub).sha == before.sha and head(hub, "refs/pr/1").parent.sha == before.sha
-    assert "nothing to push" in push(hub, tmp_path, folder, NAME, "--create_pr").stdout
-    assert "--tag: expected a new one, v1 stands at" in push(hub, tmp_path, folder, NAME, "--tag", "v1").stderr
+    assert f"{hub.url}/{NAME}/discussions/1" in requested and "nothing to push" in again
+    assert head(hub, "refs/pr/1").parent.sha == before.sha and "refs/pr/2" not in hub.repos[f"models/{NAME}"].refs
+    assert "--tag: expected a new one, v1 stands at" in refused
 
     code = f"""
 from transformers import AutoModelForImageClassification
@@ -191,7 +209,7 @@ def test_code_that_is_not_the_installed_one_is_said_and_must_give_the_same(folde
     edit(folder, "modeling_vit_simple.py", lambda text: text + "\n# another comment\n")
     _, notes = check(folder)
     assert notes == ["modeling_vit_simple.py is not the installed one; the checkpoint keeps its own"]
-    edit(folder, "modeling_vit_simple.py", lambda text: text.replace("d**-0.5", "d**-0.6"))
+    edit(folder, "modeling_vit_simple.py", lambda text: text.replace("** -0.5", "** -0.6"))
     with pytest.raises(ValueError, match="its code and the installed package give other logits, scores"):
         push_here(folder, NAME, dry_run=True)
     edit(folder, "modeling_vit_simple.py", lambda text: text.replace("import copy", "import no_such_module"))
