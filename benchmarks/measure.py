@@ -100,12 +100,15 @@ def spread(times: list[float]) -> float:
     return (third - first) / 2 / statistics.median(times)
 
 
-def flops_per_image(config: ViTSimpleConfig, training: bool) -> int:
-    """Operations of the matrix products in a forward pass or, in training, a forward and a backward one."""
+def flops_per_image(config: ViTSimpleConfig, training: bool, every_token: bool = False) -> int:
+    """Operations of the matrix products in a forward pass or, in training, a forward and a backward one.
+
+    With `every_token`, of one that carries all tokens to its end, as peers do.
+    """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = ViTSimpleForImageClassification(config)
         pixels = torch.empty(1, config.num_channels, *pair(config.image_size))
-        output = network(pixels, labels=torch.empty(1, dtype=torch.long))
+        output = network(pixels, labels=torch.empty(1, dtype=torch.long), output_hidden_states=every_token)
         if training:
             output.loss.backward()
     return counter.get_total_flops()

@@ -90,7 +90,7 @@ def peak_memory(folder: Path, count: int):
 
 
 def step_config() -> ViTSimpleConfig:
-    return ViTSimpleConfig.from_variant("S/16", image_size=SIZE, num_labels=1000)
+    return ViTSimpleConfig.from_variant("S/16", image_size=SIZE, num_labels=1000, pooling="mean")
 
 
 def step(batch: int = 8):
