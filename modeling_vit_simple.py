@@ -444,7 +444,7 @@ class ViTSimpleForImageClassification(ViTSimpleModel):
         """Images to `logits` (B, K) and, where there are labels, to the mean `loss`; the rest as for the backbone.
 
         It is run with `pooled_only`: a forward hook behind the attention of the last block sees the class token alone,
-        where that is pooled, unless `output_hidden_states` asks for all.
+        where that is pooled, unless attentions or hidden states are asked for.
         """
         asked = interpolate_pos_encoding, output_attentions, output_hidden_states
         features = super().forward(pixel_values, *asked, return_dict=True, pooled_only=True)

@@ -398,7 +398,8 @@ def test_eager_and_sdpa_attention_agree_and_can_be_switched(pixels):
     with pytest.raises(ValueError, match='attn_implementation="eager"'):
         model(pixels, output_attentions=True)
     model.set_attn_implementation("eager")
-    assert model(pixels, output_attentions=True).attentions[0].shape == (6, 4, 17, 17)
+    attentions = model(pixels, output_attentions=True).attentions
+    assert [weights.shape for weights in attentions] == [(6, 4, 17, 17)] * 3
     assert_close(model(pixels).logits, sdpa)
 
 
