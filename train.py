@@ -25,26 +25,29 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
-from vit_simple.augment import Augment
-from vit_simple.batches import Images, seed_for
-from vit_simple.card import build_card, inherited
-from vit_simple.checkpoint import (
+from vit_simple.configuration_vit_simple import pair
+from vit_simple.data.augment import Augment
+from vit_simple.data.dataloader import Images, seed_for
+from vit_simple.data.decoding import BadImage
+from vit_simple.data.labels import MULTI, REGRESSION, Labels
+from vit_simple.data.loading import ImageData, load_image_data
+from vit_simple.data.streaming import Stream
+from vit_simple.files import ROOT, inherited, write_atomically
+from vit_simple.sharing.card import build_card
+from vit_simple.sharing.record import record
+from vit_simple.sharing.upload import NETWORK_ERRORS, patiently, push
+from vit_simple.training.checkpoint import (
     complete_checkpoints,
     cut_metrics,
     load_checkpoint,
     open_folder,
     save_checkpoint,
-    write,
 )
-from vit_simple.configuration_vit_simple import pair
-from vit_simple.data import ImageData, load_image_data
-from vit_simple.labels import MULTI, REGRESSION, Labels
-from vit_simple.metrics import SCORES, Evaluation, captions, class_table, table
-from vit_simple.optimization import AveragedWeights, build_optimizers, schedule
-from vit_simple.options import ROOT, TrainConfig, parse_config
-from vit_simple.pictures import plot_confusion, plot_curves, plot_predictions
-from vit_simple.pixels import BadImage
-from vit_simple.prepare import (
+from vit_simple.training.config import TrainConfig, parse_config
+from vit_simple.training.metrics import SCORES, Evaluation, captions, class_table, table
+from vit_simple.training.optim import AveragedWeights, build_optimizers, schedule
+from vit_simple.training.plots import plot_confusion, plot_curves, plot_predictions
+from vit_simple.training.setup import (
     build_accelerator,
     build_network,
     build_rows,
@@ -54,9 +57,6 @@ from vit_simple.prepare import (
     once,
     precision_of,
 )
-from vit_simple.provenance import record
-from vit_simple.push_to_hub import NETWORK_ERRORS, patiently, push
-from vit_simple.stream import Stream
 
 SHOWN = 32  # test images in the picture of predictions
 NEVER = torch.iinfo(torch.int64).max
@@ -346,7 +346,7 @@ def train(
             show_predictions(rows[split], augment, folder)
         if first_step == 0:
             record(folder, seconds=round(time.perf_counter() - started, 1))
-        write(folder / "README.md", build_card(folder, config.hub_model_id, license=config.license))
+        write_atomically(folder / "README.md", build_card(folder, config.hub_model_id, license=config.license))
 
 
 def show_predictions(rows: Images | Stream, augment: Augment, folder: Path):
@@ -478,7 +478,7 @@ def main(arguments: list[str] | None = None):
             evaluate_only(config, accelerator, network, rows, augment)
         else:
             if accelerator.is_main_process:
-                write(folder / "preprocessor_config.json", json.dumps(processor_content, indent=2) + "\n")
+                write_atomically(folder / "preprocessor_config.json", json.dumps(processor_content, indent=2) + "\n")
                 record_run(config, data, folder)
             train(config, accelerator, network, rows, augment, folder, checkpoint)
     except BadImage as error:

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor
 
 from benchmarks.measure import RESULTS, machine, told, write_report
 from vit_simple import ViTSimpleForImageClassification
-from vit_simple.inference import compile_inference
+from vit_simple.inference.compiling import compile_inference
 
 
 def main():

@@ -20,13 +20,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import machine, write_report
-from vit_simple.augment import Augment
-from vit_simple.batches import Images, Process
-from vit_simple.data import load_image_data
-from vit_simple.options import TrainConfig
-from vit_simple.pixels import Decoder
-from vit_simple.prepare import processor_content
-from vit_simple.processors import open_processor
+from vit_simple.data.augment import Augment
+from vit_simple.data.dataloader import Images, Process
+from vit_simple.data.decoding import Decoder
+from vit_simple.data.loading import load_image_data
+from vit_simple.data.processors import open_processor
+from vit_simple.training.config import TrainConfig
+from vit_simple.training.setup import processor_content
 
 
 def per_image(name: str, size: int, batch_size: int):

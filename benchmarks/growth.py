@@ -28,12 +28,12 @@ from benchmarks.measure import (
 )
 from benchmarks.model import training
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
-from vit_simple.batches import Images, Process
-from vit_simple.data import load_image_data
-from vit_simple.options import TrainConfig
-from vit_simple.pixels import Decoder
-from vit_simple.prepare import processor_content
-from vit_simple.processors import open_processor
+from vit_simple.data.dataloader import Images, Process
+from vit_simple.data.decoding import Decoder
+from vit_simple.data.loading import load_image_data
+from vit_simple.data.processors import open_processor
+from vit_simple.training.config import TrainConfig
+from vit_simple.training.setup import processor_content
 
 BASE = {"tokens": 196, "depth": 4, "width": 384, "batch": 2}
 POINTS = {

@@ -8,8 +8,8 @@ The sides take turns, in another order each round; a ratio is that of medians, a
 between the quartiles. The ceiling is a large square matrix product, measured here: what a network reaches of it are the
 operations of its matrix products over time, for the peers those of ours with all tokens to the end. A training step is
 forward, loss, backward and fused AdamW. bfloat16 is autocast in training and the weights' own type in inference. Ways:
-eager; compiled, by torch.compile (max-autotune on a GPU); fast, by vit_simple.inference; bf16 and, of ours alone, int8,
-by that, too. `benchmarks/peers.py` tells how to bring the peers.
+eager; compiled, by torch.compile (max-autotune on a GPU); fast, by vit_simple.inference.compiling; bf16 and, of
+ours alone, int8, by that, too. `benchmarks/peers.py` tells how to bring the peers.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from benchmarks.measure import (
 )
 from benchmarks.peers import PEERS, build
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
-from vit_simple.inference import compile_inference
+from vit_simple.inference.compiling import compile_inference
 
 OURS = "vit_simple"
 WAYS = ("eager", "compiled", "fast", "bf16", "int8")

@@ -10,8 +10,8 @@ embedding and no bias in attention, SimpleViT no class token either, so theirs a
 from torch import nn
 
 from vit_simple import ViTSimpleForImageClassification
-from vit_simple.layout_transformers import VIT
-from vit_simple.layouts import names_of, scatter
+from vit_simple.conversion.state_dict import names_of, scatter
+from vit_simple.conversion.transformers import VIT
 
 PEERS = ("transformers", "timm", "torchvision", "vit-pytorch ViT", "vit-pytorch SimpleViT")
 TORCHVISION = {

@@ -25,13 +25,13 @@ from datasets import Image, load_dataset
 from benchmarks.data import rates
 from benchmarks.measure import flops_per_image, in_a_process, machine, resident, write_report
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
-from vit_simple.batches import Images, Process, Rows
-from vit_simple.data import load_image_data
-from vit_simple.options import TrainConfig
-from vit_simple.pixels import Decoder
-from vit_simple.prepare import processor_content
-from vit_simple.processors import open_processor
-from vit_simple.stream import Stream
+from vit_simple.data.dataloader import Images, Process, Rows
+from vit_simple.data.decoding import Decoder
+from vit_simple.data.loading import load_image_data
+from vit_simple.data.processors import open_processor
+from vit_simple.data.streaming import Stream
+from vit_simple.training.config import TrainConfig
+from vit_simple.training.setup import processor_content
 
 SIZE, BATCH = 224, 50
 SHARD = 250  # rows

@@ -1,16 +1,12 @@
 """preprocessor_config.json: the stock one, each family's, timm's, and what another library needs of it."""
 
-import json
 import math
 import re
-import tempfile
-from pathlib import Path
 
 import PIL.Image
-from transformers import AutoImageProcessor, BaseImageProcessor
 
-from vit_simple import ViTSimpleConfig
-from vit_simple.configuration_vit_simple import pair
+from ..configuration_vit_simple import ViTSimpleConfig, pair
+from ..data.processors import open_processor, stock_processor
 
 BILINEAR, BICUBIC = PIL.Image.Resampling.BILINEAR.value, PIL.Image.Resampling.BICUBIC.value
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -28,41 +24,6 @@ FAMILIES = {  # resampling, part of the short side that the crop keeps (None: al
 }
 FAMILY_OF_TYPE = {"vit_mae": "mae", "dinov2": "dinov2", "dinov2_with_registers": "dinov2"}
 KNOWN_PROCESSORS = ("ViTImageProcessor", "DeiTImageProcessor", "BitImageProcessor", "CLIPImageProcessor")
-
-
-def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = None, resample: int = 2) -> dict:
-    """preprocessor_config.json of transformers' own processors: RGB, scaled to [-1, 1].
-
-    Args:
-        image_size: (height, width) that it makes.
-        shortest_edge: of the image before a crop to `image_size`; None: all of it is squashed to `image_size`.
-        resample: as PIL.Image.Resampling counts, 2 bilinear, 3 bicubic.
-    """
-    height, width = image_size
-    squash = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
-    crop = {
-        "image_processor_type": "BitImageProcessor",
-        "size": {"shortest_edge": shortest_edge},
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
-    }
-    return (squash if shortest_edge is None else crop) | {
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "resample": resample,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-
-
-def open_processor(content: dict) -> BaseImageProcessor:
-    """The processor that a preprocessor_config.json stands for."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(content), encoding="utf-8")
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def family_processor(family: str, image_size: tuple[int, int]) -> dict:

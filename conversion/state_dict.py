@@ -1,11 +1,15 @@
 """What the layouts of timm and transformers have in common: names of tensors, and what is no plain ViT."""
 
+import pickle
 import re
+import zipfile
+from pathlib import Path
 
+import safetensors
 import torch
 
-from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
-from vit_simple.modeling_vit_simple import sincos2d
+from ..configuration_vit_simple import ViTSimpleConfig
+from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel, sincos2d
 
 Tensors = dict[str, torch.Tensor]
 
@@ -104,3 +108,38 @@ def with_table(config: ViTSimpleConfig, tensors: Tensors) -> tuple[ViTSimpleConf
     table = sincos2d(*config.grid_size, config.hidden_size, kernel.device).to(kernel.dtype)
     config = ViTSimpleConfig.from_dict(config.to_dict(), position_embedding="learned", no_embed_class=True)
     return config, {**tensors, "pos_embed": table}
+
+
+def load_tensors(files: list[Path]) -> Tensors:
+    """The tensors of files, in the memory of the files themselves; no pickle is run."""
+    tensors = {}
+    for file in files:
+        found = load_safetensors(file) if file.suffix == ".safetensors" else load_pickle(file)
+        if both := tensors.keys() & found.keys():
+            raise ValueError(f"{file}: expected another part of a checkpoint, got {listed(both)} a second time")
+        tensors |= found
+    return tensors
+
+
+def load_safetensors(file: Path) -> Tensors:
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: expected a whole file of safetensors: {error}") from error
+
+
+def load_pickle(file: Path) -> Tensors:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"there is {code[1]} in it, which is not loaded" if code else "it is damaged or something else"
+        raise ValueError(f"{file}: expected a file of nothing but tensors: {reason}") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    entries = loaded.items() if isinstance(loaded, dict) else [(None, loaded)]
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in entries):
+        raise ValueError(f"{file}: expected names and tensors, got {type(loaded).__name__} with other things in it")
+    return dict(loaded)

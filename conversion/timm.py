@@ -3,9 +3,8 @@
 import math
 import re
 
-from vit_simple import VARIANTS, ViTSimpleConfig
-from vit_simple.configuration_vit_simple import pair
-from vit_simple.layouts import Tensors, drop, gather, listed, refuse, with_table
+from ..configuration_vit_simple import VARIANTS, ViTSimpleConfig, pair
+from .state_dict import Tensors, drop, gather, listed, refuse, with_table
 
 DEIT3 = {f"blocks.*.ls{branch}.gamma": f"blocks.*.gamma_{branch}" for branch in (1, 2)}  # as its authors wrote it
 HEADS = {  # of each width; DINOv2 giant has 1536, CLIP bigG 1664, the others are timm's own and TinyCLIP's

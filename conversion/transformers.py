@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from vit_simple import ViTSimpleConfig
-from vit_simple.configuration_vit_simple import OWN_FIELDS, pair
-from vit_simple.layouts import Tensors, drop, gather, listed, refuse, scatter, with_table
+from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, pair
+from .state_dict import Tensors, drop, gather, listed, refuse, scatter, with_table
 
 # Our names and theirs; * is a block's number, and a list is what follows each other in one tensor of ours.
 VIT = {

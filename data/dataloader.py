@@ -18,9 +18,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vit_simple.data import ImageData
-from vit_simple.labels import BadLabel
-from vit_simple.pixels import BadImage, Decoder, open_image, reasons
+from .decoding import BadImage, Decoder, open_image, reasons
+from .labels import BadLabel
+from .loading import ImageData
 
 CACHE_BYTES = 4 * 2**30  # the largest split that is kept decoded
 DECODE_BATCH = 256  # images decoded at a time for that

@@ -23,7 +23,8 @@ from datasets import (
 from datasets.utils.stratify import stratified_shuffle_split_generate_indices
 from tqdm import tqdm
 
-from vit_simple.labels import SINGLE, Labels, column_names, find_label_column, kind_of, labels_of, tally
+from ..files import ROOT
+from .labels import SINGLE, Labels, column_names, find_label_column, kind_of, labels_of, tally
 
 FEW = 1_000  # rows that tell whether a stream's labels are secret
 LABEL_BATCH = 1_000  # labels read at a time from a stream
@@ -103,8 +104,8 @@ def load_splits(
         ValueError: it cannot be loaded; what `save_to_disk` wrote is to be streamed.
     """
     path = Path(name)
-    if not path.exists() and (Path(__file__).parent / name).is_dir():
-        path = Path(__file__).parent / name
+    if not path.exists() and (ROOT / name).is_dir():
+        path = ROOT / name
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if saved and streaming:
         raise ValueError(

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vit_simple.batches import Rows
-from vit_simple.pixels import BadImage
+from .dataloader import Rows
+from .decoding import BadImage
 
 READ_BATCH = 64  # rows read at a time
 MOST_SHARDS, ROWS_PER_SHARD = 1024, 4096  # more shards than the first only if they have as many rows as the second

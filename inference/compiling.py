@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from vit_simple.configuration_vit_simple import pair
+from ..configuration_vit_simple import pair
 
 
 def quantize(model: PreTrainedModel) -> PreTrainedModel:

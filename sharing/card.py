@@ -5,15 +5,15 @@ import re
 from pathlib import Path
 
 import safetensors
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+from transformers import PretrainedConfig
 
-from vit_simple.provenance import RECORD, read_json, read_metrics
+from ..conversion.convert import Checkpoint
+from ..files import INHERITED, RECORD, has_head, open_card, read_json, read_metrics
 
 BEGIN = "<!-- vit_simple: written anew by every run and push, up to the line that says end -->"
 END = "<!-- vit_simple: end -->"
 PLACEHOLDER = "your-name"
-INHERITED = ("base_model", "license", "license_name", "license_link")
 METRICS = {  # of an evaluation: the Hub's name of the metric, and ours
     "top1": ("accuracy", "top-1 accuracy"),
     "top5": ("accuracy", "top-5 accuracy"),
@@ -42,15 +42,6 @@ CITATION = """```bibtex
 # What a folder records
 
 
-def inherited(folder: Path) -> dict:
-    """Licence and base model, as the card of a folder names them."""
-    file = folder / "README.md"
-    if not file.exists():
-        return {}
-    data = open_card(file.read_text(encoding="utf-8"), str(file)).data.to_dict()
-    return {name: data[name] for name in INHERITED if data.get(name)}
-
-
 def final_result(folder: Path) -> dict:
     """The last test of a run or, where nothing was tested, its last validation; {} without either."""
     rows = read_metrics(folder)
@@ -69,13 +60,6 @@ def interval(part: float, count: int) -> tuple[float, float]:
 
 
 # The card
-
-
-def open_card(text: str, file: str) -> ModelCard:
-    try:
-        return ModelCard(text, ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: expected a card of the Hub: {error}") from error
 
 
 def around_marks(text: str) -> list[str]:
@@ -287,10 +271,6 @@ def limits(config: dict, result: dict, facts: dict) -> str:
     return "\n".join(lines) or "Nothing was measured."
 
 
-def has_head(config: dict) -> bool:
-    return config.get("architectures") == ["ViTSimpleForImageClassification"]
-
-
 def task_of(config: dict) -> str:
     """What the Hub calls the task; the logits of CLIP's projection are features."""
     features = all(re.fullmatch(r"feature \d+", name) for name in config.get("id2label", {"": ""}).values())
@@ -301,3 +281,21 @@ def measured(result: dict, config: dict) -> list[str]:
     """The metrics of a result that say something; of five classes and less, the first five are always right."""
     few = len(config.get("id2label", {})) <= 5
     return [name for name in METRICS if name in result and not (name == "top5" and few)]
+
+
+def write_card(checkpoint: Checkpoint, config: PretrainedConfig | dict, folder: Path, notes: list[str]):
+    """Writes README.md of a folder for another library: where its weights come from, and how to open it."""
+    name, library = f"{PLACEHOLDER}/{folder.name}", "timm" if isinstance(config, dict) else "transformers"
+    use, classes = f'timm.create_model("hf-hub:{name}", pretrained=True)', "head.weight" in checkpoint.tensors
+    if library == "transformers":
+        (kind,) = config.architectures
+        classes = kind.endswith("ForImageClassification")
+        options = ", add_pooling_layer=False" if kind == "ViTModel" else ""
+        use = f'transformers.{kind}.from_pretrained("{name}"{options})'
+    task = "image-classification" if classes else "image-feature-extraction"
+    data = ModelCardData(library_name=library, pipeline_tag=task, **checkpoint.card)
+    origin = checkpoint.card.get("base_model", "another checkpoint")
+    origin = ", ".join(origin) if isinstance(origin, list) else origin
+    lines = [f"# {folder.name}", f"The weights of {origin}:", f"```python\nimport {library}\n\nmodel = {use}\n```"]
+    text = "\n\n".join([*lines, *(f"- {note}" for note in notes)])
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}\n", encoding="utf-8")

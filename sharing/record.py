@@ -12,28 +12,9 @@ from pathlib import Path
 
 import torch
 
-from vit_simple.checkpoint import write
-from vit_simple.options import ROOT
+from ..files import RECORD, ROOT, read_json, write_atomically
 
-RECORD = "provenance.json"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "kornia", "safetensors", "numpy")
-
-
-def read_json(path: Path) -> dict:
-    """The content of a JSON file, {} where there is none.
-
-    Raises:
-        ValueError: it is no JSON.
-    """
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def hardware() -> str:
@@ -62,13 +43,4 @@ def record(folder: Path, **facts):
         "commit": git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if here else None,
         **{name: value for name, value in facts.items() if value is not None},
     }
-    write(folder / RECORD, json.dumps(found, indent=2) + "\n")
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, none where there is no such file."""
-    file = folder / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    except ValueError as error:
-        raise ValueError(f"{file}: expected a JSON object in each line: {error}") from error
+    write_atomically(folder / RECORD, json.dumps(found, indent=2) + "\n")

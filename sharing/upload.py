@@ -1,11 +1,5 @@
-"""Pushes a checkpoint's folder to the Hub in one commit, and proves in a fresh process that it loads from there.
+"""Uploads a checkpoint's folder to the Hub in one commit, downloads it again and compares its outputs."""
 
-python push_to_hub.py outputs/digits your-name/vit-simple-digits --license apache-2.0
-
-The token is that of `hf auth login` or of HF_TOKEN.
-"""
-
-import argparse
 import hashlib
 import time
 from collections.abc import Callable
@@ -15,9 +9,9 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from vit_simple.card import build_card, by_hand
-from vit_simple.checkpoint import write
-from vit_simple.verify import NEEDED, OPTIONAL, WEIGHTS, check, differences, door_of, probe, prove_here, refuse_secrets
+from ..files import write_atomically
+from .card import build_card, by_hand
+from .verify import NEEDED, OPTIONAL, WEIGHTS, check, differences, door_of, probe, prove_here, refuse_secrets
 
 WAITS = (1, 2, 4, 8)  # seconds between tries
 TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -207,7 +201,7 @@ def push(
         card = build_card(folder, repo_id, tag, license, there)
     elif by_hand(there) not in ("", by_hand(card)):
         print(f"README.md there has other words by hand; they stay in {head}")
-    write(folder / "README.md", card)
+    write_atomically(folder / "README.md", card)
     heads = [head] if head is not None else []
     if create_pr and heads:
         heads += open_requests(api, repo_id).values()
@@ -253,29 +247,3 @@ def prove(repo_id: str, sha: str, door: str, expected: dict[str, torch.Tensor], 
     if wrong:
         wrong = ", ".join(wrong)
         raise RuntimeError(f"{repo_id} at {sha} does not give what the folder gives: {wrong}\nto go back: {back}")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("push_to_hub.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", metavar="FOLDER", help="of a checkpoint")
-    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository, made where it is new")
-    parser.add_argument("--license", help="as the Hub names it; default: that of the card or of the base model")
-    parser.add_argument("--private", action="store_true", help="make it for you alone, or expect that it is")
-    parser.add_argument("--revision", metavar="BRANCH", help="made where it is new; default: main")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request and leave the branch as it is")
-    parser.add_argument("--tag", help="for the commit, once it has proved itself")
-    parser.add_argument("--commit_message", metavar="TEXT")
-    parser.add_argument("--dry_run", action="store_true", help="check, and show the files and the card; send nothing")
-    return parser
-
-
-def main(arguments: list[str] | None = None):
-    try:
-        push(**vars(build_parser().parse_args(arguments)))
-    except (ValueError, RuntimeError, *NETWORK_ERRORS) as error:
-        raise SystemExit(f"push_to_hub.py: error: {error}") from error
-
-
-if __name__ == "__main__":
-    main()

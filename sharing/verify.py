@@ -12,15 +12,10 @@ import torch
 from huggingface_hub import get_token
 from safetensors.torch import load_file
 
-from vit_simple import ViTSimpleConfig
-from vit_simple.card import has_head
-from vit_simple.configuration_vit_simple import AUTO_MAP
-from vit_simple.convert_checkpoint import load_tensors
-from vit_simple.layouts import gather, listed
-from vit_simple.options import ROOT
-from vit_simple.provenance import RECORD, read_json
+from ..configuration_vit_simple import AUTO_MAP, ViTSimpleConfig
+from ..conversion.state_dict import gather, listed, load_tensors
+from ..files import CODE, RECORD, ROOT, has_head, read_json
 
-CODE = ("configuration_vit_simple.py", "modeling_vit_simple.py")
 NEEDED = ("config.json", "preprocessor_config.json", *CODE)
 OPTIONAL = (RECORD, "train_config.yaml", "metrics.jsonl", "curves.png", "confusion.png", "predictions.png")
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")

@@ -15,14 +15,15 @@ from datasets import ClassLabel, Dataset, Features, Image
 from hypothesis import settings
 
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
-from vit_simple.batches import Images, Process
-from vit_simple.data import ImageData
-from vit_simple.labels import Labels
-from vit_simple.options import ROOT, TrainConfig
-from vit_simple.pixels import Decoder
-from vit_simple.prepare import processor_content
-from vit_simple.processors import open_processor
+from vit_simple.data.dataloader import Images, Process
+from vit_simple.data.decoding import Decoder
+from vit_simple.data.labels import Labels
+from vit_simple.data.loading import ImageData
+from vit_simple.data.processors import open_processor
+from vit_simple.files import ROOT
 from vit_simple.train import main
+from vit_simple.training.config import TrainConfig
+from vit_simple.training.setup import processor_content
 
 settings.register_profile("here", database=None, deadline=None)  # no folder is left, nothing is timed
 settings.load_profile("here")

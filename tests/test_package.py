@@ -4,8 +4,8 @@ import shutil
 import subprocess
 import sys
 
-from conftest import environment_without_package, run_python
-from vit_simple.options import ROOT
+from tests.conftest import environment_without_package, run_python
+from vit_simple.files import ROOT
 
 
 def test_a_plain_install_trains_on_the_digits_that_come_with_it(tmp_path):
@@ -17,7 +17,7 @@ def test_a_plain_install_trains_on_the_digits_that_come_with_it(tmp_path):
     shutil.rmtree(source)
     code = """
 import sys
-from vit_simple.options import ROOT
+from vit_simple.files import ROOT
 from vit_simple.train import main
 assert str(ROOT).startswith(sys.argv[1]), ROOT
 main(["--num_train_epochs", "1"])

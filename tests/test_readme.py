@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from benchmarks.scale import table
-from conftest import run_python, tiny
+from tests.conftest import run_python, tiny
 from vit_simple import convert_checkpoint, push_to_hub
-from vit_simple.options import ROOT, parse_config
-from vit_simple.processors import stock_processor
+from vit_simple.data.processors import stock_processor
+from vit_simple.files import ROOT
+from vit_simple.training.config import parse_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

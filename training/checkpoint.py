@@ -11,8 +11,9 @@ import safetensors.torch
 import yaml
 from accelerate import Accelerator
 
-from vit_simple.optimization import AveragedWeights
-from vit_simple.options import TrainConfig
+from ..files import write_atomically
+from .config import TrainConfig
+from .optim import AveragedWeights
 
 # What may change when a run goes on: nothing of it changes a weight, but for the decoding processes of a stream.
 FREE = {
@@ -29,16 +30,6 @@ FREE = {
     "hub_private_repo",
     "license",
 }
-
-
-def write(path: Path, text: str):
-    """Writes a file aside and puts it in its place, so that it is never there in part."""
-    aside = path.with_name(f".{path.name}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def flush(folder: Path):
@@ -101,7 +92,7 @@ def open_folder(config: TrainConfig, processes: int) -> tuple[Path, Path | None]
             refuse_another_recipe(folder, recipe, checkpoint, processes)
         elif any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"--output_dir: expected a run's folder, got {folder} without train_config.yaml")
-        write(folder / "train_config.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        write_atomically(folder / "train_config.yaml", yaml.safe_dump(recipe, sort_keys=False))
         for path in (folder / "checkpoints").glob(".step_*"):
             shutil.rmtree(path)
         if checkpoint is not None:
@@ -138,7 +129,7 @@ def cut_metrics(folder: Path, step: int):
             break
         if row["step"] <= step and row["split"] != "test":
             kept.append(line + "\n")
-    write(path, "".join(kept))
+    write_atomically(path, "".join(kept))
 
 
 def save_checkpoint(
@@ -158,7 +149,9 @@ def save_checkpoint(
         if accelerator.is_main_process:
             if averages:
                 safetensors.torch.save_file(averages, aside / "ema.safetensors")
-            write(aside / "state.json", json.dumps({"step": step, "processes": accelerator.num_processes, **state}))
+            write_atomically(
+                aside / "state.json", json.dumps({"step": step, "processes": accelerator.num_processes, **state})
+            )
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             flush(aside)

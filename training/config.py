@@ -10,9 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from vit_simple.optimization import SCHEDULES
-
-ROOT = Path(__file__).parent
+from ..files import ROOT
+from .optim import SCHEDULES
 
 # What a number may be, in the words of the error.
 COUNT = "at least 1"

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from vit_simple.labels import MULTI, REGRESSION, SINGLE, Labels
-from vit_simple.pixels import BadImage
+from ..data.decoding import BadImage
+from ..data.labels import MULTI, REGRESSION, SINGLE, Labels
 
 LARGEST_CONFUSION = 1000  # classes
 MANY_CLASSES = 30  # of more than these, a table has the lowest ten

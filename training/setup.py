@@ -15,15 +15,15 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
-from vit_simple.batches import Images, Process, equal_sizes, fits, seed_for
-from vit_simple.configuration_vit_simple import OWN_FIELDS
-from vit_simple.data import ImageData
-from vit_simple.labels import REGRESSION, SINGLE, Labels
-from vit_simple.options import TrainConfig, unknown
-from vit_simple.pixels import Decoder
-from vit_simple.processors import open_processor, stock_processor
-from vit_simple.stream import Stream
+from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig
+from ..data.dataloader import Images, Process, equal_sizes, fits, seed_for
+from ..data.decoding import Decoder
+from ..data.labels import REGRESSION, SINGLE, Labels
+from ..data.loading import ImageData
+from ..data.processors import open_processor, stock_processor
+from ..data.streaming import Stream
+from ..modeling_vit_simple import ViTSimpleForImageClassification
+from .config import TrainConfig, unknown
 
 
 def precision_of(config: TrainConfig) -> str:

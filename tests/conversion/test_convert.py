@@ -14,14 +14,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
 
-from conftest import TINY, run_python, tiny
-from hub import Hub
-from parity import IMAGES, assert_alike, open_folder, outputs, random
+from tests.conftest import TINY, run_python, tiny
+from tests.conversion.parity import IMAGES, assert_alike, open_folder, outputs, random
+from tests.fake_hub.hub import Hub
 from vit_simple import ViTSimpleConfig
 from vit_simple.configuration_vit_simple import pair
+from vit_simple.conversion.processors import fitted, for_timm, of_timm
+from vit_simple.conversion.state_dict import DROPPED
 from vit_simple.convert_checkpoint import convert, main
-from vit_simple.layouts import DROPPED
-from vit_simple.processors import fitted, for_timm, of_timm
 
 SIZES = {name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")}
 SIZES |= {"patch_size": 4}
@@ -410,7 +410,7 @@ def test_a_repository_of_the_hub_is_converted(peer, tmp_path):
     card = b"---\nlicense: apache-2.0\n---\n"
     with Hub({}) as hub:
         hub.create("models/meta/dinov2", files | {"README.md": card, "other.bin": b"not wanted"})
-        command = [sys.executable, "-m", "vit_simple.convert_checkpoint", "meta/dinov2", tmp_path / "out"]
+        command = [sys.executable, "-m", "vit_simple.conversion.convert", "meta/dinov2", tmp_path / "out"]
         subprocess.run(command, env=hub.environment(tmp_path / "home"), check=True, cwd=tmp_path)
         assert not any("other.bin" in request.path for request in hub.log)
     assert_alike(

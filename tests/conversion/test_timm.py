@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
-from conftest import TINY, tiny
-from parity import IMAGES, assert_alike, open_folder, outputs, random
+from tests.conftest import TINY, tiny
+from tests.conversion.parity import IMAGES, assert_alike, open_folder, outputs, random
 from vit_simple import ViTSimpleConfig
 from vit_simple.convert_checkpoint import convert
 from vit_simple.modeling_vit_simple import resample_kernel, resample_positions

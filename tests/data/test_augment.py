@@ -3,10 +3,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vit_simple.augment import OPERATIONS, Augment, TrainerCollator, mark_for_augmentation, rand_augment
-from vit_simple.options import OPTIONS, TrainConfig
-from vit_simple.prepare import processor_content
-from vit_simple.processors import open_processor
+from vit_simple.data.augment import OPERATIONS, Augment, rand_augment
+from vit_simple.data.collator import TrainerCollator, mark_for_augmentation
+from vit_simple.data.processors import open_processor
+from vit_simple.training.config import OPTIONS, TrainConfig
+from vit_simple.training.setup import processor_content
 
 # Each option of Augment that moves pixels, switched on.
 PIXELS = [

@@ -7,10 +7,11 @@ import torch
 from datasets import load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
-from conftest import environment_without_package, run_python, tiny
-from vit_simple.augment import Augment, TrainerCollator, mark_for_augmentation
-from vit_simple.optimization import parameter_groups
-from vit_simple.options import ROOT
+from tests.conftest import environment_without_package, run_python, tiny
+from vit_simple.data.augment import Augment
+from vit_simple.data.collator import TrainerCollator, mark_for_augmentation
+from vit_simple.files import ROOT
+from vit_simple.training.optim import parameter_groups
 
 ROWS = [
     {"pixel_values": pixels, "labels": label % 3}

@@ -4,11 +4,11 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from conftest import DIGITS, data_of, images_of, photographs, processor
-from vit_simple.batches import equal_sizes, evaluation_keys, fits, training_keys
-from vit_simple.data import load_image_data
-from vit_simple.labels import IGNORED
-from vit_simple.pixels import BadImage
+from tests.conftest import DIGITS, data_of, images_of, photographs, processor
+from vit_simple.data.dataloader import equal_sizes, evaluation_keys, fits, training_keys
+from vit_simple.data.decoding import BadImage
+from vit_simple.data.labels import IGNORED
+from vit_simple.data.loading import load_image_data
 
 
 def read(images, workers: int = 0, rows=None, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,8 +46,8 @@ def test_photographs_are_turned_and_cropped_as_the_pipeline_does(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_kept_pixels_equal_those_decoded_again(monkeypatch, workers):
-    monkeypatch.setattr("vit_simple.batches.MANY", 0)
-    monkeypatch.setattr("vit_simple.batches.DECODE_BATCH", 32)
+    monkeypatch.setattr("vit_simple.data.dataloader.MANY", 0)
+    monkeypatch.setattr("vit_simple.data.dataloader.DECODE_BATCH", 32)
     kept, again = (
         images_of(load_image_data(DIGITS, max_train_samples=100), "train", processor(8), (8, 8)) for _ in range(2)
     )
@@ -78,7 +78,7 @@ def test_a_crop_shows_the_place_that_it_was_cut_from(tmp_path, monkeypatch, kind
     exif[0x0112] = orientation
     stored = upright.transpose(PIL.Image.Transpose.ROTATE_90) if orientation == 6 else upright.copy()  # on its side
     stored.save(file, kind, exif=exif, **({} if kind == "TIFF" else {"quality": 95}))
-    monkeypatch.setattr("vit_simple.pixels.random_crop", lambda *_: (100.0, 300.0, 1100.0, 850.0))
+    monkeypatch.setattr("vit_simple.data.decoding.random_crop", lambda *_: (100.0, 300.0, 1100.0, 850.0))
     pixels, _ = read(images_of(data_of([file], [0]), "train", processor(32), (32, 32), 0.5))
     x, y = (channel.float() / 200 * 1200 for channel in pixels[0, :2])
     assert x.mean(0)[[0, -1]].tolist() == pytest.approx([116, 1084], abs=15)
@@ -88,7 +88,7 @@ def test_a_crop_shows_the_place_that_it_was_cut_from(tmp_path, monkeypatch, kind
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_crop_of_a_jpeg_is_one_of_pillows_pixels(tmp_path, monkeypatch, mode):
     PIL.Image.effect_noise((60, 50), 80).convert(mode).save(tmp_path / "noise.jpg", quality=90)
-    monkeypatch.setattr("vit_simple.pixels.random_crop", lambda *_: (10.0, 20.0, 42.0, 36.0))
+    monkeypatch.setattr("vit_simple.data.decoding.random_crop", lambda *_: (10.0, 20.0, 42.0, 36.0))
     images = images_of(data_of([str(tmp_path / "noise.jpg")], [0]), "train", processor(32), (16, 32), 0.5)
     pixels, _ = read(images)
     expected = PIL.Image.open(tmp_path / "noise.jpg").convert("RGB").crop((10, 20, 42, 36))

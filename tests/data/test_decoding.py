@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import processor
-from vit_simple.pixels import BadImage, Decoder, load_rgb, random_crop, random_resized_crop
+from tests.conftest import processor
+from vit_simple.data.decoding import BadImage, Decoder, load_rgb, random_crop, random_resized_crop
 
 sizes = st.one_of(
     st.tuples(st.integers(1, 70), st.integers(1, 70)), st.sampled_from([(1, 2000), (2000, 1), (3, 900), (900, 3)])
@@ -166,7 +166,7 @@ def test_arrays_of_any_channels_are_taken_or_cropped(channels, area):
 
 def test_a_crop_of_an_array_is_one_of_its_pixels(monkeypatch):
     array = np.random.default_rng(0).integers(0, 256, (4, 30, 40), dtype=np.uint8)
-    monkeypatch.setattr("vit_simple.pixels.random_crop", lambda *_: (5.0, 7.0, 25.0, 17.0))
+    monkeypatch.setattr("vit_simple.data.decoding.random_crop", lambda *_: (5.0, 7.0, 25.0, 17.0))
     assert np.array_equal(random_resized_crop(array, (10, 20), 0.5, random.Random(0)), array[:, 7:17, 5:25])
 
 

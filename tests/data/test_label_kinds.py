@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, Image, List, Value
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from vit_simple.labels import MULTI, SINGLE, Labels, tally
+from vit_simple.data.labels import MULTI, SINGLE, Labels, tally
 from vit_simple.train import criterion, main
 
 NETWORK = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
@@ -296,8 +296,10 @@ def test_a_stream_of_classes_and_size_that_the_card_tells_is_not_read_beforehand
             rows = Dataset.from_parquet(str(file))
             rows.map(lambda row: {"label": -1}).cast(rows.features).to_parquet(file)
     read = []
-    monkeypatch.setattr("vit_simple.data.LABEL_BATCH", 5)
-    monkeypatch.setattr("vit_simple.data.tally", lambda values, kind: read.append(tally(values, kind)) or read[-1])
+    monkeypatch.setattr("vit_simple.data.loading.LABEL_BATCH", 5)
+    monkeypatch.setattr(
+        "vit_simple.data.loading.tally", lambda values, kind: read.append(tally(values, kind)) or read[-1]
+    )
     folder, result = run(tmp_path, name, *STREAM, "--max_steps", "2")
     assert [part.rows for part in read] == [80]  # to see whether the test split is secret
     assert AutoModelForImageClassification.from_pretrained(folder).config.id2label == {0: "False", 1: "red"}

@@ -6,7 +6,17 @@ from datasets import Array2D, Array3D, ClassLabel, Features, Image, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vit_simple.labels import IGNORED, MULTI, REGRESSION, SINGLE, BadLabel, find_label_column, kind_of, labels_of, tally
+from vit_simple.data.labels import (
+    IGNORED,
+    MULTI,
+    REGRESSION,
+    SINGLE,
+    BadLabel,
+    find_label_column,
+    kind_of,
+    labels_of,
+    tally,
+)
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 
-from conftest import DIGITS
-from vit_simple.data import load_image_data
+from tests.conftest import DIGITS
+from vit_simple.data.loading import load_image_data
 
 PICTURES = [np.full((8, 8, 3), value, dtype=np.uint8) for value in range(40)]
 

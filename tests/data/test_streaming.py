@@ -9,12 +9,12 @@ from datasets import Array3D, ClassLabel, Features, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import classes, processor
-from vit_simple.batches import Process
-from vit_simple.data import ImageData
-from vit_simple.labels import IGNORED
-from vit_simple.pixels import BadImage, Decoder
-from vit_simple.stream import Stream, shuffled
+from tests.conftest import classes, processor
+from vit_simple.data.dataloader import Process
+from vit_simple.data.decoding import BadImage, Decoder
+from vit_simple.data.labels import IGNORED
+from vit_simple.data.loading import ImageData
+from vit_simple.data.streaming import Stream, shuffled
 
 SQUASHED = processor(2)
 FEATURES = Features({"image": Array3D((1, 2, 2), "uint8"), "label": ClassLabel(names=["a", "b"])})
@@ -71,7 +71,7 @@ def test_readers_share_each_pass_whatever_their_number_and_the_sizes_of_the_shar
 
 
 def test_many_small_files_are_dealt_out_in_sets_that_reach_over_all_of_them(monkeypatch):
-    monkeypatch.setattr("vit_simple.stream.MOST_SHARDS", 4)
+    monkeypatch.setattr("vit_simple.data.streaming.MOST_SHARDS", 4)
     stream = stream_of([[row] for row in range(30)])  # as in a folder of pictures, class by class
     assert stream.shards == [0, 1, 2, 3]
     rows = [np.asarray(value).flat[0] for _, value, _ in stream.undecoded(0, stream.shards)]

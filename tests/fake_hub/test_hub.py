@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hub import Fault, Hub, Request
+from tests.fake_hub.hub import Fault, Hub, Request
 
 CARD = b"---\npipeline_tag: image-classification\ntags: [vit]\n---\nA card\n"
 FILES = {"README.md": CARD, "config.json": b"{}", "deep/er/\u00e9 #.txt": b"text", "empty.png": b""}
@@ -33,8 +33,8 @@ def hub():
 
 def run(client, hub: Hub, folder: Path, token: str | None = "hf_good"):
     """What a function of this file returns in a process that knows no Hub but this one."""
-    code = f"import json, test_hub; print(json.dumps(test_hub.{client.__name__}()))"
-    variables = {**hub.environment(folder / "home", token), "PYTHONPATH": str(Path(__file__).parent)}
+    code = f"import json; from tests.fake_hub import test_hub; print(json.dumps(test_hub.{client.__name__}()))"
+    variables = {**hub.environment(folder / "home", token), "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

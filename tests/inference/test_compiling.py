@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from conftest import run_python, tiny
+from tests.conftest import run_python, tiny
 from vit_simple import ViTSimpleForImageClassification
-from vit_simple.inference import compile_inference
+from vit_simple.inference.compiling import compile_inference
 
 OPENED = """
 import sys, torch

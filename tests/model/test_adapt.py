@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForImageClassification
 
-from conftest import EVERY_SWITCH, TINY, tiny
+from tests.conftest import EVERY_SWITCH, TINY, tiny
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
 from vit_simple.modeling_vit_simple import resample_kernel, resample_positions
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from conftest import EVERY_SWITCH, TINY, tiny
+from tests.conftest import EVERY_SWITCH, TINY, tiny
 from vit_simple import VARIANTS, ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
 from vit_simple.configuration_vit_simple import OWN_FIELDS
 

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from conftest import EVERY_SWITCH, environment_without_package, run_python, tiny
+from tests.conftest import EVERY_SWITCH, environment_without_package, run_python, tiny
 from vit_simple import ViTSimpleForImageClassification
-from vit_simple.options import TrainConfig
-from vit_simple.prepare import processor_content
+from vit_simple.training.config import TrainConfig
+from vit_simple.training.setup import processor_content
 
 OPEN = """
 import json, sys, torch, transformers

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
-from conftest import EVERY_SWITCH, TINY, tiny
+from tests.conftest import EVERY_SWITCH, TINY, tiny
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
 from vit_simple import modeling_vit_simple as modeling
 

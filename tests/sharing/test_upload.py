@@ -13,14 +13,14 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
 
-from conftest import DIGITS, environment_without_package, tiny
-from hub import Fault, Hub
+from tests.conftest import DIGITS, environment_without_package, tiny
+from tests.fake_hub.hub import Fault, Hub
 from vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
-from vit_simple.card import BEGIN, END, build_card, by_hand, interval
-from vit_simple.options import ROOT
-from vit_simple.push_to_hub import prove
-from vit_simple.push_to_hub import push as push_here
-from vit_simple.verify import check, probe, refuse_secrets
+from vit_simple.files import ROOT
+from vit_simple.sharing.card import BEGIN, END, build_card, by_hand, interval
+from vit_simple.sharing.upload import prove
+from vit_simple.sharing.upload import push as push_here
+from vit_simple.sharing.verify import check, probe, refuse_secrets
 
 TOKEN = "hf_plantedplantedplantedplanted"
 NAME = "user/digits"
@@ -232,7 +232,7 @@ import json, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from huggingface_hub import HfApi
-from vit_simple.push_to_hub import NETWORK_ERRORS, upload
+from vit_simple.sharing.upload import NETWORK_ERRORS, upload
 
 api, files = HfApi(), ["README.md", "config.json", "model.safetensors"]
 

@@ -1,11 +1,12 @@
 import pytest
 
-from conftest import classes
-from vit_simple.augment import Augment
-from vit_simple.options import ROOT, TrainConfig, parse_config
-from vit_simple.prepare import build_model_config, processor_content
-from vit_simple.processors import open_processor
+from tests.conftest import classes
+from vit_simple.data.augment import Augment
+from vit_simple.data.processors import open_processor
+from vit_simple.files import ROOT
 from vit_simple.train import main
+from vit_simple.training.config import TrainConfig, parse_config
+from vit_simple.training.setup import build_model_config, processor_content
 
 
 def test_the_command_line_wins_over_the_recipe_over_the_defaults(tmp_path):

@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vit_simple.labels import IGNORED, MULTI, REGRESSION, SINGLE, Labels
-from vit_simple.metrics import SCORES, Evaluation, average_precision, class_table, table
-from vit_simple.pixels import BadImage
+from vit_simple.data.decoding import BadImage
+from vit_simple.data.labels import IGNORED, MULTI, REGRESSION, SINGLE, Labels
+from vit_simple.training.metrics import SCORES, Evaluation, average_precision, class_table, table
 
 
 def scored(problem: str, classes: int, *batches) -> Evaluation:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from conftest import tiny
-from vit_simple.optimization import AveragedWeights, Muon, build_optimizers, parameter_groups, schedule
+from tests.conftest import tiny
+from vit_simple.training.optim import AveragedWeights, Muon, build_optimizers, parameter_groups, schedule
 
 EVERY_KIND = {"num_register_tokens": 2, "layerscale_value": 0.1}
 

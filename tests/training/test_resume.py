@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from vit_simple import train
-from vit_simple.options import ROOT
+from vit_simple.files import ROOT
 from vit_simple.train import main
 
 # Every random choice that there is, checkpoints that fall between log lines and evaluations, and an average.
@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     folder = tmp_path / "run"
     code = """
 import resource, signal, sys
-from vit_simple import checkpoint, train
+from vit_simple import train
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save_state, saved = train.Accelerator.save_state, []
 def full(self, *arguments):

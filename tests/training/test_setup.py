@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from conftest import classes, tiny
-from vit_simple.options import TrainConfig, parse_config
-from vit_simple.prepare import build_model_config, build_network, processor_content
-from vit_simple.processors import open_processor
+from tests.conftest import classes, tiny
+from vit_simple.data.processors import open_processor
+from vit_simple.training.config import TrainConfig, parse_config
+from vit_simple.training.setup import build_model_config, build_network, processor_content
 
 NAMES = ["a", "b", "c"]
 

@@ -12,7 +12,7 @@ from datasets import load_dataset
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
-from vit_simple.options import ROOT
+from vit_simple.files import ROOT
 from vit_simple.train import main
 
 SHORT = ["--num_train_epochs", "1", "--per_device_train_batch_size", "256"]
@@ -229,7 +229,7 @@ def test_without_a_test_split_the_card_tells_of_the_weights_that_are_saved(tmp_p
 def test_the_better_of_raw_and_averaged_weights_is_saved(tmp_path, monkeypatch, capsys, best):
     """Worse than the last weights are averages that stay where they began; equal to them are those of no decay."""
     if best == "raw":
-        monkeypatch.setattr("vit_simple.optimization.AveragedWeights.update", lambda *_: None)
+        monkeypatch.setattr("vit_simple.training.optim.AveragedWeights.update", lambda *_: None)
     main([*SHORT, "--num_train_epochs", "4", "--ema_decay", "0", "--output_dir", str(tmp_path / "run")])
     rows = [row for row in rows_of(tmp_path / "run") if row["split"] != "train"]
     last = {row["weights"]: row["correct"] for row in rows if row["split"] == "validation" and row["step"] == 20}

@@ -1,0 +1,1 @@
+"""A checkpoint comes in; a compiled or quantized model goes out."""
