@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from vit_simple.conversion.convert import described, read
+from vit_simple.conversion.convert import in_layout_of, open_checkpoint
 from vit_simple.conversion.processors import FAMILIES
 from vit_simple.files import ROOT
 from vit_simple.sharing.card import build_card, write_card
@@ -24,7 +24,7 @@ def convert(source: str, out: str | Path, to: str = "vit_simple", **options) -> 
 
     Args:
         to: "vit_simple", "timm" or "transformers", who is to open the folder.
-        options: as for `read`.
+        options: as for `open_checkpoint`.
 
     Raises:
         ValueError: the source is no plain ViT or is damaged, `to` cannot hold it, or `out` exists. Nothing is written.
@@ -32,8 +32,8 @@ def convert(source: str, out: str | Path, to: str = "vit_simple", **options) -> 
     out, notes = Path(out), []
     if out.exists():
         raise ValueError(f"OUT: expected a folder that is not there yet, got {out}")
-    checkpoint = read(str(source), notes, **options)
-    config, tensors = described(checkpoint, to, notes)
+    checkpoint = open_checkpoint(str(source), notes, **options)
+    config, tensors = in_layout_of(checkpoint, to, notes)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
         folder = Path(aside) / out.name

@@ -13,6 +13,10 @@ RECORD = "provenance.json"
 INHERITED = ("base_model", "license", "license_name", "license_link")
 
 
+class UserError(ValueError):
+    """A mistake of the user: commands print it in one line and end with exit status 2."""
+
+
 def write_atomically(path: Path, text: str):
     """Writes a file aside and puts it in its place, so that it is never there in part."""
     aside = path.with_name(f".{path.name}")

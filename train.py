@@ -27,15 +27,15 @@ from tqdm import tqdm
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.data.augment import Augment
-from vit_simple.data.dataloader import Images, seed_for
+from vit_simple.data.dataloader import MapStyleSplit, seed_for
 from vit_simple.data.decoding import BadImage
 from vit_simple.data.labels import MULTI, REGRESSION, Labels
 from vit_simple.data.loading import ImageData, load_image_data
-from vit_simple.data.streaming import Stream
+from vit_simple.data.streaming import StreamingSplit
 from vit_simple.files import ROOT, inherited, write_atomically
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.record import record
-from vit_simple.sharing.upload import NETWORK_ERRORS, patiently, push
+from vit_simple.sharing.upload import NETWORK_ERRORS, push, with_retries
 from vit_simple.training.checkpoint import (
     complete_checkpoints,
     cut_metrics,
@@ -44,18 +44,18 @@ from vit_simple.training.checkpoint import (
     save_checkpoint,
 )
 from vit_simple.training.config import TrainConfig, parse_config
-from vit_simple.training.metrics import SCORES, Evaluation, captions, class_table, table
-from vit_simple.training.optim import AveragedWeights, build_optimizers, schedule
+from vit_simple.training.metrics import METRICS_OF, Evaluation, captions, class_table, table
+from vit_simple.training.optim import EMA, build_optimizers, schedule
 from vit_simple.training.plots import plot_confusion, plot_curves, plot_predictions
 from vit_simple.training.setup import (
     build_accelerator,
-    build_network,
-    build_rows,
+    build_model,
+    build_splits,
     check_batch_size,
     check_labels,
-    in_own_units,
-    once,
-    precision_of,
+    denormalize_head,
+    mixed_precision_of,
+    on_main_process,
 )
 
 SHOWN = 32  # test images in the picture of predictions
@@ -67,16 +67,20 @@ NEVER = torch.iinfo(torch.int64).max
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, rows: Images | Stream, augment: Augment, accelerator: Accelerator, batch_size: int
+    model: torch.nn.Module,
+    rows: MapStyleSplit | StreamingSplit,
+    augment: Augment,
+    accelerator: Accelerator,
+    batch_size: int,
 ) -> Evaluation:
     """One pass over a split, in float32."""
     model.eval()
     labels = rows.data.labels
-    scores = SCORES[labels.problem_type](labels, accelerator.device)
+    scores = METRICS_OF[labels.problem_type](labels, accelerator.device)
     for pixels, targets in rows.evaluation(batch_size):
-        scores.add(model(augment.normalize(pixels)).logits.float(), targets)
+        scores.update(model(augment.normalize(pixels)).logits.float(), targets)
     model.train()
-    return scores.result(accelerator)
+    return scores.compute(accelerator)
 
 
 # The run
@@ -166,7 +170,7 @@ def last_good(folder: Path) -> str:
     return "there is no checkpoint" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
 
 
-def all_bad_images(rows: dict[str, Images | Stream]) -> dict[str, dict[str, str]]:
+def all_bad_images(rows: dict[str, MapStyleSplit | StreamingSplit]) -> dict[str, dict[str, str]]:
     """What each split skipped in all processes: which row -> why."""
     return {
         split: dict(item for share in gather_object([list(part.bad.items())]) for item in share)
@@ -178,7 +182,7 @@ def train(
     config: TrainConfig,
     accelerator: Accelerator,
     network: ViTSimpleForImageClassification,
-    rows: dict[str, Images | Stream],
+    rows: dict[str, MapStyleSplit | StreamingSplit],
     augment: Augment,
     folder: Path,
     checkpoint: Path | None,
@@ -193,12 +197,12 @@ def train(
     eval_steps = config.eval_steps or steps_per_epoch
     labels = rows["train"].data.labels
     loss_of = criterion(labels, labels.weights().to(accelerator.device) if config.class_weights else None)
-    in_bf16 = precision_of(config) == "bf16"
+    in_bf16 = mixed_precision_of(config) == "bf16"
 
     muon_rate = config.muon_learning_rate if config.optim == "muon" else None
     optimizers = build_optimizers(network, config.learning_rate, config.weight_decay, config.layer_decay, muon_rate)
     model, *optimizers = accelerator.prepare(network, *optimizers)
-    averaged = None if config.ema_decay is None else AveragedWeights(network, config.ema_decay)
+    averaged = None if config.ema_decay is None else EMA(network, config.ema_decay)
     if config.report_to:
         accelerator.project_configuration.logging_dir = str(folder)
         accelerator.init_trackers("vit_simple", {name: str(value) for name, value in asdict(config).items()})
@@ -209,7 +213,7 @@ def train(
         meter.loss_sum.fill_(state["loss_sums"][rank])
         for split, bad in state["bad_images"].items():
             rows[split].bad.update(bad)
-        if config.streaming and (change := rows["train"].go_on(state["places"][rank])):
+        if config.streaming and (change := rows["train"].load_state_dict(state["places"][rank])):
             accelerator.print(change)
         accelerator.print(f"going on from {checkpoint}")
     elif config.resume_from_checkpoint:
@@ -235,7 +239,7 @@ def train(
         meter.check(folder)
         results = {"raw": measure("validation")}
         if averaged:
-            with averaged.in_place():
+            with averaged.applied():
                 results["ema"] = measure("validation")
         for weights, result in results.items():
             log(done, "validation", weights=weights, **result.values)
@@ -248,7 +252,7 @@ def train(
         meter.check(folder)
         state = {"loss_sums": accelerator.gather(meter.loss_sum).tolist(), "bad_images": all_bad_images(rows)}
         if config.streaming:
-            state["places"] = gather_object([rows["train"].state()])
+            state["places"] = gather_object([rows["train"].state_dict()])
         try:
             with meter.pause():
                 save_checkpoint(accelerator, folder, done, state, averaged, config.save_total_limit)
@@ -256,7 +260,7 @@ def train(
             raise stop(f"step {done} cannot be saved: {error}; {last_good(folder)}") from error
         if config.hub_strategy == "every_save" and config.push_to_hub:
             with meter.pause():
-                with averaged.in_place() if averaged else contextlib.nullcontext():
+                with averaged.applied() if averaged else contextlib.nullcontext():
                     export()
                 if main_process:
                     try:
@@ -268,7 +272,7 @@ def train(
         """The weights that the network has now, its config and its code; called by every process."""
         weights = accelerator.get_state_dict(model)
         if main_process:
-            network.save_pretrained(folder, state_dict=dict(in_own_units(weights, labels)))
+            network.save_pretrained(folder, state_dict=dict(denormalize_head(weights, labels)))
 
     batches = rows["train"].training(batch_size, accumulation, first_step)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", disable=not main_process)
@@ -323,7 +327,7 @@ def train(
     best = "ema" if averaged else "raw"
     if averaged and "validation" in rows and results["raw"].score > results["ema"].score:
         best = "raw"
-    with averaged.in_place() if best == "ema" else contextlib.nullcontext():
+    with averaged.applied() if best == "ema" else contextlib.nullcontext():
         export()
         split = next((name for name in ("test", "validation") if name in rows), None)
         result = measure(split) if split else None
@@ -349,9 +353,9 @@ def train(
         write_atomically(folder / "README.md", build_card(folder, config.hub_model_id, license=config.license))
 
 
-def show_predictions(rows: Images | Stream, augment: Augment, folder: Path):
+def show_predictions(rows: MapStyleSplit | StreamingSplit, augment: Augment, folder: Path):
     """Writes predictions.png: some images of a split, and what the saved network says of them."""
-    few = rows.few(SHOWN)
+    few = rows.samples(SHOWN)
     if not few:
         return
     pixels, targets = rows.decode.stack([image for image, _ in few]), [target for _, target in few]
@@ -382,7 +386,7 @@ def check_hub(config: TrainConfig):
     if config.license is None and "license" not in base_of(config.model_name_or_path):
         raise ValueError("--license: expected one beside --push_to_hub, such as apache-2.0")
     try:
-        patiently(HfApi().whoami)
+        with_retries(HfApi().whoami)
     except NETWORK_ERRORS as error:
         raise ValueError(f"--push_to_hub: expected a login (hf auth login, or HF_TOKEN): {error}") from error
 
@@ -410,7 +414,7 @@ def evaluate_only(
     config: TrainConfig,
     accelerator: Accelerator,
     network: ViTSimpleForImageClassification,
-    rows: dict[str, Images | Stream],
+    rows: dict[str, MapStyleSplit | StreamingSplit],
     augment: Augment,
 ):
     model, results = accelerator.prepare(network), {}
@@ -449,19 +453,19 @@ def main(arguments: list[str] | None = None):
                 seed=config.seed,
                 streaming=config.streaming,
                 count_classes=config.class_weights is not None,
-                once=functools.partial(once, accelerator),
+                on_main_process=functools.partial(on_main_process, accelerator),
             )
         check_labels(config, data.labels)
         if config.push_to_hub:
             check_hub(config)
         check_batch_size(config, data.sizes["train"], accelerator.num_processes)
-        network = build_network(config, data.labels, data.channels)
-        rows, processor_content = build_rows(config, data, pair(network.config.image_size), accelerator)
+        network = build_model(config, data.labels, data.channels)
+        rows, processor_content = build_splits(config, data, pair(network.config.image_size), accelerator)
         processor = next(iter(rows.values())).decode.processor
         augment = Augment(processor, len(data.labels.class_names), **config.group("augmentation"))
         folder = checkpoint = None
         if not config.eval_only:
-            folder, checkpoint = once(accelerator, lambda: open_folder(config, accelerator.num_processes))
+            folder, checkpoint = on_main_process(accelerator, lambda: open_folder(config, accelerator.num_processes))
     except ValueError as error:
         raise stop(str(error)) from error
 

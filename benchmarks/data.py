@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.measure import machine, write_report
 from vit_simple.data.augment import Augment
-from vit_simple.data.dataloader import Images, Process
+from vit_simple.data.dataloader import LoaderContext, MapStyleSplit
 from vit_simple.data.decoding import Decoder
 from vit_simple.data.loading import load_image_data
 from vit_simple.data.processors import open_processor
@@ -56,9 +56,9 @@ def ours(name: str, size: int, batch_size: int, kept: bool, device_part: bool = 
     data = load_image_data(name, validation_fraction=0)
     processor = open_processor(processor_content(TrainConfig(), (size, size), cropped=not kept))
     decode = Decoder(processor, (3, size, size), crop_min_area=0.0 if kept else 0.08)
-    images = Images(data, "train", decode, Process(torch.device("cpu")))
+    images = MapStyleSplit(data, "train", decode, LoaderContext(torch.device("cpu")))
     if kept:
-        images.keep(quiet=True)
+        images.cache(quiet=True)
     augment = Augment(processor, len(data.labels.class_names), crop_padding=4 if kept else 0, horizontal_flip=0.5)
     for pixels, labels in images.training(batch_size, accumulation=1, first_step=0):
         yield augment(pixels, labels) if device_part else (pixels, labels)

@@ -28,7 +28,7 @@ from benchmarks.measure import (
 )
 from benchmarks.model import training
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
-from vit_simple.data.dataloader import Images, Process
+from vit_simple.data.dataloader import LoaderContext, MapStyleSplit
 from vit_simple.data.decoding import Decoder
 from vit_simple.data.loading import load_image_data
 from vit_simple.data.processors import open_processor
@@ -71,10 +71,10 @@ def decode(name: str, count: int):
     before, start = resident("VmRSS"), time.perf_counter()
     data = load_image_data(name, validation_fraction=0, max_train_samples=count)
     processor = open_processor(processor_content(TrainConfig(), (32, 32), cropped=False))
-    images = Images(data, "train", Decoder(processor, (3, 32, 32)), Process(torch.device("cpu")))
+    images = MapStyleSplit(data, "train", Decoder(processor, (3, 32, 32)), LoaderContext(torch.device("cpu")))
     if data.sizes["train"] < count:
         raise ValueError(f"--small: expected at least {count} training images, got {data.sizes['train']}")
-    images.keep(quiet=True)
+    images.cache(quiet=True)
     return {"seconds": time.perf_counter() - start, "bytes": resident("VmHWM") - before}
 
 

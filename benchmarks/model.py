@@ -156,7 +156,7 @@ class Case:
             expected = inference(self.networks[OURS], pixels)()
             for name, network in self.networks.items():
                 if not name.startswith("vit-pytorch"):  # which has other weights
-                    self.note(name, inference(network, pixels)(), expected)
+                    self.record_bad(name, inference(network, pixels)(), expected)
                 for way in ("fast", "bf16", "int8"):
                     if way in self.ways and (way != "int8" or name == OURS):
                         self.freeze(name, way, network, pixels)
@@ -171,7 +171,7 @@ class Case:
                 raise
             self.missing[f"{name}, {way}"] = f"{type(error).__name__}: {error}".splitlines()[0]
             return
-        self.note(f"{name}, {way}", self.frozen_call(name, way, pixels)(), inference(network, pixels)())
+        self.record_bad(f"{name}, {way}", self.frozen_call(name, way, pixels)(), inference(network, pixels)())
 
     def frozen_call(self, name: str, way: str, pixels: torch.Tensor):
         return inference(self.frozen[name, way], pixels.bfloat16() if way == "bf16" else pixels)

@@ -10,7 +10,7 @@ embedding and no bias in attention, SimpleViT no class token either, so theirs a
 from torch import nn
 
 from vit_simple import ViTSimpleForImageClassification
-from vit_simple.conversion.state_dict import names_of, scatter
+from vit_simple.conversion.state_dict import export_state_dict, their_keys
 from vit_simple.conversion.transformers import VIT
 
 PEERS = ("transformers", "timm", "torchvision", "vit-pytorch ViT", "vit-pytorch SimpleViT")
@@ -46,7 +46,9 @@ def build(name: str, ours: ViTSimpleForImageClassification) -> nn.Module:
         same = {field: getattr(config, field) for field in (*fields, "patch_size", "layer_norm_eps")}
         theirs = ViTConfig(**same, num_labels=classes)
         # Names in memory are not those of files in transformers 5; from_pretrained knows both.
-        return ViTForImageClassification.from_pretrained(None, config=theirs, state_dict=scatter(state, VIT, "vit."))
+        return ViTForImageClassification.from_pretrained(
+            None, config=theirs, state_dict=export_state_dict(state, VIT, "vit.")
+        )
     if name == "timm":
         from timm.models.vision_transformer import VisionTransformer
 
@@ -56,7 +58,7 @@ def build(name: str, ours: ViTSimpleForImageClassification) -> nn.Module:
         from torchvision.models import VisionTransformer
 
         network = VisionTransformer(size, patch, depth, heads, width, inner, num_classes=classes)
-        network.load_state_dict({names_of(ours, TORCHVISION)[0]: tensor for ours, tensor in state.items()})
+        network.load_state_dict({their_keys(ours, TORCHVISION)[0]: tensor for ours, tensor in state.items()})
     else:
         from vit_pytorch import SimpleViT, ViT
 

@@ -25,11 +25,11 @@ from datasets import Image, load_dataset
 from benchmarks.data import rates
 from benchmarks.measure import flops_per_image, in_a_process, machine, resident, write_report
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
-from vit_simple.data.dataloader import Images, Process, Rows
+from vit_simple.data.dataloader import ImageSplit, LoaderContext, MapStyleSplit
 from vit_simple.data.decoding import Decoder
 from vit_simple.data.loading import load_image_data
 from vit_simple.data.processors import open_processor
-from vit_simple.data.streaming import Stream
+from vit_simple.data.streaming import StreamingSplit
 from vit_simple.training.config import TrainConfig
 from vit_simple.training.setup import processor_content
 
@@ -56,11 +56,13 @@ def write_shards(photographs: str, folder: Path, count: int, kind: str):
                     tar.addfile(info, io.BytesIO(data))
 
 
-def reading(folder: Path, streaming: bool, workers: int = 0) -> Rows:
+def reading(folder: Path, streaming: bool, workers: int = 0) -> ImageSplit:
     data = load_image_data(str(folder), validation_fraction=0, streaming=streaming)
     processor = open_processor(processor_content(TrainConfig(), (SIZE, SIZE), cropped=True))
     decode = Decoder(processor, (3, SIZE, SIZE), crop_min_area=0.08)
-    return (Stream if streaming else Images)(data, "train", decode, Process(torch.device("cpu"), workers))
+    return (StreamingSplit if streaming else MapStyleSplit)(
+        data, "train", decode, LoaderContext(torch.device("cpu"), workers)
+    )
 
 
 def batches(folder: Path, streaming: bool):

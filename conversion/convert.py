@@ -9,8 +9,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair
 from ..files import inherited, read_json
-from .processors import FAMILIES, FAMILY_OF_TYPE, family_processor, fitted, for_timm, of_timm
-from .state_dict import Tensors, gather, listed, load_tensors
+from .processors import (
+    FAMILIES,
+    FAMILY_OF_TYPE,
+    family_processor,
+    fit_processor,
+    processor_from_timm,
+    processor_to_timm,
+)
+from .state_dict import Tensors, import_state_dict, join_names, load_tensors
 from .timm import from_timm, to_timm
 from .transformers import check_type, from_transformers, to_transformers
 
@@ -30,7 +37,7 @@ class Checkpoint:
     card: dict
 
 
-def find(source: str) -> tuple[Path | None, list[Path]]:
+def find_weights(source: str) -> tuple[Path | None, list[Path]]:
     """The folder that describes a checkpoint and its files of weights; what is no path comes from the Hub.
 
     A file of another name than those of folders stands alone: what lies beside it may be of another checkpoint.
@@ -48,15 +55,15 @@ def find(source: str) -> tuple[Path | None, list[Path]]:
     for pattern in WEIGHTS:
         files = sorted(path.glob(pattern))
         if len(files) > 1 and "?" not in pattern:
-            raise ValueError(f"expected one file of weights in {path}, got {listed(file.name for file in files)}")
+            raise ValueError(f"expected one file of weights in {path}, got {join_names(file.name for file in files)}")
         if files:
             return path, files
     raise ValueError(
-        f"expected a file of weights in {path}, got {listed(sorted(file.name for file in path.iterdir()))}"
+        f"expected a file of weights in {path}, got {join_names(sorted(file.name for file in path.iterdir()))}"
     )
 
 
-def read(
+def open_checkpoint(
     source: str,
     notes: list[str],
     family: str | None = None,
@@ -69,7 +76,7 @@ def read(
     Raises:
         ValueError: it is no plain ViT, does not fit together, or is not described well enough.
     """
-    folder, files = find(source)
+    folder, files = find_weights(source)
     tensors, content, processor, card = load_tensors(files), {}, {}, {}
     if folder is not None:
         content, processor = (read_json(folder / name) for name in DESCRIPTION[:2])
@@ -83,13 +90,13 @@ def read(
         card = ({"license": pretrained["license"]} if pretrained.get("license") else {}) | card
     elif kind == ViTSimpleConfig.model_type:
         config = ViTSimpleConfig.from_pretrained(folder)
-        tensors = gather(tensors, {}, config)
+        tensors = import_state_dict(tensors, {}, config)
     else:
         config, tensors = from_transformers(open_config(folder, kind), tensors, notes)
 
     usual = FAMILY_OF_TYPE.get(kind, "clip" if config.pre_norm else None)
     if family is None and pretrained:
-        processor = of_timm(pretrained, pair(config.image_size), notes)
+        processor = processor_from_timm(pretrained, pair(config.image_size), notes)
     elif family is not None or not processor:
         if not (family or usual):
             raise ValueError(
@@ -102,7 +109,7 @@ def read(
         card["base_model"] = source
     if base_model is not None:
         card["base_model"] = base_model
-    return Checkpoint(config, tensors, fitted(processor, config, notes), card)
+    return Checkpoint(config, tensors, fit_processor(processor, config, notes), card)
 
 
 def open_config(folder: Path, kind: str) -> PretrainedConfig:
@@ -114,7 +121,7 @@ def open_config(folder: Path, kind: str) -> PretrainedConfig:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
-def described(checkpoint: Checkpoint, to: str, notes: list[str]) -> tuple[PretrainedConfig | dict, Tensors]:
+def in_layout_of(checkpoint: Checkpoint, to: str, notes: list[str]) -> tuple[PretrainedConfig | dict, Tensors]:
     """Config and tensors as the library named has them.
 
     Raises:
@@ -125,7 +132,9 @@ def described(checkpoint: Checkpoint, to: str, notes: list[str]) -> tuple[Pretra
         content, tensors = to_timm(config, tensors, notes)
         licence = {name: value for name, value in checkpoint.card.items() if name == "license"}
         classes = {"num_classes": content["num_classes"]}
-        return content | {"pretrained_cfg": for_timm(checkpoint.processor, config) | classes | licence}, tensors
+        return content | {
+            "pretrained_cfg": processor_to_timm(checkpoint.processor, config) | classes | licence
+        }, tensors
     if to == "transformers":
         config, tensors = to_transformers(config, tensors)
     else:

@@ -33,7 +33,7 @@ def family_processor(family: str, image_size: tuple[int, int]) -> dict:
     return stock_processor(image_size, math.floor(image_size[0] / part) if part and square else None, resample) | scale
 
 
-def fitted(content: dict, config: ViTSimpleConfig, notes: list[str]) -> dict:
+def fit_processor(content: dict, config: ViTSimpleConfig, notes: list[str]) -> dict:
     """The content with nothing left to defaults, for images of the size and channels that the network takes.
 
     Raises:
@@ -86,7 +86,7 @@ def fitted(content: dict, config: ViTSimpleConfig, notes: list[str]) -> dict:
     }
 
 
-def of_timm(pretrained: dict, image_size: tuple[int, int], notes: list[str]) -> dict:
+def processor_from_timm(pretrained: dict, image_size: tuple[int, int], notes: list[str]) -> dict:
     """What timm's `pretrained_cfg` does to images.
 
     Raises:
@@ -114,8 +114,8 @@ def of_timm(pretrained: dict, image_size: tuple[int, int], notes: list[str]) -> 
     return content | {"image_mean": list(mean), "image_std": list(std)}
 
 
-def for_timm(processor: dict, config: ViTSimpleConfig) -> dict:
-    """timm's `pretrained_cfg` for an image processor that `fitted` has made.
+def processor_to_timm(processor: dict, config: ViTSimpleConfig) -> dict:
+    """timm's `pretrained_cfg` for an image processor that `fit_processor` has made.
 
     Raises:
         ValueError: steps that timm does not take, or leaves that it always takes.

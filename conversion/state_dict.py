@@ -37,7 +37,7 @@ def refuse(name: str):
             raise ValueError(f"expected a plain ViT, got {name}: {family}")
 
 
-def listed(names, most: int = 4) -> str:
+def join_names(names, most: int = 4) -> str:
     """Names in a line, the first of them where there are many."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -48,11 +48,11 @@ def drop(tensors: Tensors, notes: list[str]) -> Tensors:
     for pattern, what in DROPPED.items():
         found = [name for name in tensors if re.match(pattern, name)]
         if found:
-            notes.append(f"dropped {what}: {listed(found)}")
+            notes.append(f"dropped {what}: {join_names(found)}")
     return {name: tensor for name, tensor in tensors.items() if not re.match("|".join(DROPPED), name)}
 
 
-def names_of(name: str, names: dict) -> list[str]:
+def their_keys(name: str, names: dict) -> list[str]:
     """What a layout calls one of our tensors."""
     number = re.search(r"\.(\d+)\.", name)
     known = re.sub(r"\.\d+\.", ".*.", name)
@@ -62,18 +62,18 @@ def names_of(name: str, names: dict) -> list[str]:
     return [one.replace("*", number[1]) for one in found] if number else found
 
 
-def gather(tensors: Tensors, names: dict, config: ViTSimpleConfig) -> Tensors:
+def import_state_dict(tensors: Tensors, names: dict, config: ViTSimpleConfig) -> Tensors:
     """Our tensors from those of a layout; what needs no joining stays where it is in memory.
 
     Raises:
         ValueError: names the tensors that are missing, not known or of another shape.
     """
-    network = ViTSimpleForImageClassification if names_of("head.weight", names)[0] in tensors else ViTSimpleModel
+    network = ViTSimpleForImageClassification if their_keys("head.weight", names)[0] in tensors else ViTSimpleModel
     with torch.device("meta"):
         expected = network(config).state_dict()
     rest, ours, wrong = dict(tensors), {}, []
     for name, room in expected.items():
-        others = names_of(name, names)
+        others = their_keys(name, names)
         parts = [rest.pop(other, None) for other in others]
         for other, part, share in zip(others, parts, room.chunk(len(others))):
             if part is None:
@@ -86,21 +86,21 @@ def gather(tensors: Tensors, names: dict, config: ViTSimpleConfig) -> Tensors:
         refuse(name)
     wrong += [f"{name} is not known" for name in rest]
     if wrong:
-        raise ValueError(f"expected the tensors that the config describes, but {listed(wrong)}")
+        raise ValueError(f"expected the tensors that the config describes, but {join_names(wrong)}")
     return ours
 
 
-def scatter(tensors: Tensors, names: dict, prefix: str) -> Tensors:
+def export_state_dict(tensors: Tensors, names: dict, prefix: str) -> Tensors:
     """Our tensors under a layout's names, all but the head behind the prefix."""
     theirs = {}
     for name, tensor in tensors.items():
-        others = names_of(name, names)
+        others = their_keys(name, names)
         for other, part in zip(others, tensor.chunk(len(others))):
             theirs[other if name.startswith("head.") else prefix + other] = part
     return theirs
 
 
-def with_table(config: ViTSimpleConfig, tensors: Tensors) -> tuple[ViTSimpleConfig, Tensors]:
+def with_learned_positions(config: ViTSimpleConfig, tensors: Tensors) -> tuple[ViTSimpleConfig, Tensors]:
     """The same network with its fixed positions, if it has such, as a table of the patches."""
     if config.position_embedding == "learned":
         return config, tensors
@@ -116,7 +116,7 @@ def load_tensors(files: list[Path]) -> Tensors:
     for file in files:
         found = load_safetensors(file) if file.suffix == ".safetensors" else load_pickle(file)
         if both := tensors.keys() & found.keys():
-            raise ValueError(f"{file}: expected another part of a checkpoint, got {listed(both)} a second time")
+            raise ValueError(f"{file}: expected another part of a checkpoint, got {join_names(both)} a second time")
         tensors |= found
     return tensors
 

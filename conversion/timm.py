@@ -4,7 +4,7 @@ import math
 import re
 
 from ..configuration_vit_simple import VARIANTS, ViTSimpleConfig, pair
-from .state_dict import Tensors, drop, gather, listed, refuse, with_table
+from .state_dict import Tensors, drop, import_state_dict, join_names, refuse, with_learned_positions
 
 DEIT3 = {f"blocks.*.ls{branch}.gamma": f"blocks.*.gamma_{branch}" for branch in (1, 2)}  # as its authors wrote it
 HEADS = {  # of each width; DINOv2 giant has 1536, CLIP bigG 1664, the others are timm's own and TinyCLIP's
@@ -47,7 +47,7 @@ def from_timm(
     if architecture and not architecture.startswith(("vit_", "deit_", "deit3_")):
         raise ValueError(f"expected a plain ViT, whose timm name begins with vit_, deit_ or deit3_, got {architecture}")
     if unknown := set(args).difference(KNOWN_ARGS.split()):
-        raise ValueError(f"expected the model_args of a plain ViT, got {listed(unknown)}")
+        raise ValueError(f"expected the model_args of a plain ViT, got {join_names(unknown)}")
     alone = not content
     if any(name.startswith("pre_logits.") for name in tensors) and "head.weight" in tensors:
         notes.append("dropped the head, which stands on the tanh layer")
@@ -64,7 +64,7 @@ def from_timm(
     fields["hidden_act"] = hidden_act or activation_of(content, fields)
     clip = "_clip_" in architecture if architecture else fields["pre_norm"]
     config = ViTSimpleConfig(layer_norm_eps=1e-5 if clip else 1e-6, **fields)
-    return config, gather(tensors, DEIT3 if "blocks.0.gamma_1" in tensors else {}, config)
+    return config, import_state_dict(tensors, DEIT3 if "blocks.0.gamma_1" in tensors else {}, config)
 
 
 def heads_of(architecture: str, args: dict, width: int, notes: list[str]) -> int:
@@ -106,7 +106,9 @@ def fields_of_shapes(tensors: Tensors) -> dict:
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
     missing = [name for name in needed if name not in tensors]
     if missing:
-        raise ValueError(f"expected the tensors of a plain ViT, got {listed(tensors)} without {listed(missing)}")
+        raise ValueError(
+            f"expected the tensors of a plain ViT, got {join_names(tensors)} without {join_names(missing)}"
+        )
     for name, axes in zip(needed, (4, 3, 2, 2)):
         if tensors[name].ndim != axes:
             raise ValueError(f"{name}: expected {axes} axes, got the shape {tuple(tensors[name].shape)}")
@@ -174,7 +176,7 @@ def to_timm(config: ViTSimpleConfig, tensors: Tensors, notes: list[str]) -> tupl
     Raises:
         ValueError: an activation or epsilon that a config of timm cannot name.
     """
-    config, tensors = with_table(config, tensors)
+    config, tensors = with_learned_positions(config, tensors)
     names = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}  # epsilon stands in timm's code alone
     if config.mlp == "swiglu":
         names = {1e-6: "vit_giant_patch14_dinov2"}

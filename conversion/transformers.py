@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, pair
-from .state_dict import Tensors, drop, gather, listed, refuse, scatter, with_table
+from .state_dict import Tensors, drop, export_state_dict, import_state_dict, join_names, refuse, with_learned_positions
 
 # Our names and theirs; * is a block's number, and a list is what follows each other in one tensor of ours.
 VIT = {
@@ -117,7 +117,7 @@ def from_transformers(theirs: PretrainedConfig, tensors: Tensors, notes: list[st
     if "classifier.weight" in tensors:
         fields |= {"id2label": theirs.id2label, "label2id": theirs.label2id, "problem_type": theirs.problem_type}
     config = ViTSimpleConfig(**fields)
-    return config, gather(tensors, names, config)
+    return config, import_state_dict(tensors, names, config)
 
 
 def read_projection(tensors: Tensors, notes: list[str]) -> dict:
@@ -148,7 +148,7 @@ def read_halves(tensors: Tensors, notes: list[str]) -> dict:
 def drop_head(tensors: Tensors, notes: list[str], what: str):
     found = [name for name in tensors if name.startswith("classifier.")]
     if found:
-        notes.append(f"dropped a head {what}, which this network does not have: {listed(found)}")
+        notes.append(f"dropped a head {what}, which this network does not have: {join_names(found)}")
     for name in found:
         del tensors[name]
 
@@ -165,7 +165,7 @@ def to_transformers(config: ViTSimpleConfig, tensors: Tensors) -> tuple[Pretrain
     Raises:
         ValueError: names what no network of transformers has.
     """
-    config, tensors = with_table(config, tensors)
+    config, tensors = with_learned_positions(config, tensors)
     if config.pre_norm:
         kind = "clip_vision_model"
     elif config.layerscale_value is None:
@@ -209,7 +209,7 @@ def to_transformers(config: ViTSimpleConfig, tensors: Tensors) -> tuple[Pretrain
         kernel = tensors["head.weight"]
         halves = [kernel if part == config.pooling else torch.zeros_like(kernel) for part in ("cls", "mean")]
         tensors["head.weight"] = torch.cat(halves, dim=1)
-    theirs = scatter(tensors, names, prefix if has_head or kind == "clip_vision_model" else "")
+    theirs = export_state_dict(tensors, names, prefix if has_head or kind == "clip_vision_model" else "")
     if kind.startswith("dinov2"):
         theirs[f"{prefix if has_head else ''}embeddings.mask_token"] = tensors["cls_token"].new_zeros(
             1, config.hidden_size

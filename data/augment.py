@@ -88,7 +88,7 @@ def rand_augment(x: torch.Tensor, num_ops: int, magnitude: float) -> torch.Tenso
     return x
 
 
-def random_crop(x: torch.Tensor, padding: int) -> torch.Tensor:
+def padded_crop(x: torch.Tensor, padding: int) -> torch.Tensor:
     """(B, C, H, W) -> the same: each image moved by up to `padding` pixels either way, black where it was not."""
     rows, (height, width) = torch.arange(len(x)), x.shape[2:]
     down, right = torch.randint(2 * padding + 1, (2, len(x)))
@@ -202,7 +202,7 @@ class Augment(nn.Module):
         self.crop_padding, self.horizontal_flip, self.random_erasing = crop_padding, horizontal_flip, random_erasing
         self.randaugment_num_ops, self.randaugment_magnitude = randaugment_num_ops, randaugment_magnitude
         self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
-        self.white = 1 / processor.rescale_factor  # 255; a product with its inverse would differ in the last bit
+        self.max_value = 1 / processor.rescale_factor  # 255; a product with its inverse would differ in the last bit
         self.register_buffer("mean", torch.tensor(processor.image_mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std)[:, None, None], persistent=False)
         shift, size = (affine_translate, affine_translate), (1 - affine_scale, 1 + affine_scale)
@@ -211,7 +211,7 @@ class Augment(nn.Module):
             self.affine = K.RandomAffine(affine_degrees, shift, size, affine_shear, padding_mode="border", p=1.0)
 
     def scale(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.float().div_(self.white)
+        return pixels.float().div_(self.max_value)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 -> float32, the processor's pixel_values bit for bit."""
@@ -221,7 +221,7 @@ class Augment(nn.Module):
         targets = labels if labels.is_floating_point() else F.one_hot(labels, self.num_classes).float()
         if self.label_smoothing_factor:
             targets = targets.lerp(torch.full_like(targets, 1 / self.num_classes), self.label_smoothing_factor)
-        x = random_crop(pixels, self.crop_padding) if self.crop_padding else pixels
+        x = padded_crop(pixels, self.crop_padding) if self.crop_padding else pixels
         x = random_flip(x, self.horizontal_flip) if self.horizontal_flip else x
         x = self.scale(x)
         x = x if self.affine is None else self.affine(x)

@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .decoding import BadImage, Decoder, open_image, reasons
+from .decoding import BadImage, Decoder, open_image, raise_bad_image
 from .labels import BadLabel
 from .loading import ImageData
 
@@ -32,17 +32,17 @@ def seed_for(*key) -> int:
     return random.Random(repr(key)).getrandbits(63)
 
 
-def fits(count: int, shape: tuple[int, int, int]) -> bool:
+def fits_in_cache(count: int, shape: tuple[int, int, int]) -> bool:
     """Whether so many images (C, H, W) may be kept decoded."""
     return count * math.prod(shape) <= CACHE_BYTES
 
 
-def equal_sizes(rows: Dataset, column: str) -> bool:
+def have_equal_sizes(rows: Dataset, column: str) -> bool:
     """Whether all images have one size; reads headers, up to the first that differs. Bad images are not counted."""
     first = None
     for batch in rows.select_columns([column]).iter(DECODE_BATCH):
         for value in batch[column]:
-            with contextlib.suppress(BadImage), reasons():
+            with contextlib.suppress(BadImage), raise_bad_image():
                 size = open_image(value).size
                 first = first or size
                 if size != first:
@@ -50,7 +50,7 @@ def equal_sizes(rows: Dataset, column: str) -> bool:
     return True
 
 
-def values_of(table: pa.Table, column: str) -> list:
+def column_values(table: pa.Table, column: str) -> list:
     """The values of a column: arrays as arrays, all else as Python's own."""
     chunk = table.column(column).combine_chunks()
     if isinstance(chunk.type, pa.ExtensionType):
@@ -60,31 +60,31 @@ def values_of(table: pa.Table, column: str) -> list:
 
 
 @dataclass
-class Process:
+class LoaderContext:
     """The process that reads: one of `world`, with so many decoding processes beside the training, and before it."""
 
     device: torch.device
-    workers: int = 0
+    num_workers: int = 0
     rank: int = 0
-    world: int = 1
-    workers_before: int = 0
+    world_size: int = 1
+    cache_workers: int = 0
 
-    def any(self, mine: bool) -> bool:
+    def any_process(self, mine: bool) -> bool:
         """Whether it is so in any process; they all ask."""
-        if self.world == 1:
+        if self.world_size == 1:
             return mine
         flag = torch.tensor([mine], dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 
 
-class Rows:
+class ImageSplit:
     """One split as pixels and targets: `Images` reads it in any order, `Stream` (stream.py) from one end to the other.
 
     Args:
         data, split: the rows.
         decode: from a row to pixels.
-        process: for which they are read.
+        context: the process that reads, and its workers.
         on_bad_image: "error" or "skip".
         seed: decides the order.
     """
@@ -94,11 +94,11 @@ class Rows:
         data: ImageData,
         split: str,
         decode: Decoder,
-        process: Process,
+        context: LoaderContext,
         on_bad_image: str = "error",
         seed: int = 0,
     ):
-        self.data, self.split, self.decode, self.process = data, split, decode, process
+        self.data, self.split, self.decode, self.context = data, split, decode, context
         self.on_bad_image, self.seed = on_bad_image, seed
         self.rows = data.splits[split]
         self.size = data.sizes[split]
@@ -115,13 +115,13 @@ class Rows:
 
     def batch(self, images: list, targets: list, bad: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Pixels (B, C, H, W), targets (B, ...) and what was bad; a target that is None does not count."""
-        labels = self.data.labels.blank(len(images))
+        labels = self.data.labels.ignored_targets(len(images))
         for slot, target in enumerate(targets):
             if target is not None:
                 labels[slot] = torch.as_tensor(target)
         return self.decode.stack(images), labels, bad
 
-    def note(self, bad: dict[str, str]):
+    def record_bad(self, bad: dict[str, str]):
         """Takes down what was skipped.
 
         Raises:
@@ -134,22 +134,22 @@ class Rows:
         if len(self.bad) == self.size:
             raise BadImage(f"--on_bad_image: expected an image to be left in the split {self.split!r}, got none")
 
-    def few(self, count: int) -> list[tuple]:
+    def samples(self, count: int) -> list[tuple]:
         """Image, for `decode.stack`, and target of at most so many rows, to look at; bad ones are left out."""
-        read = (self.read_row(row, "", 0, value, label, {}) for row, value, label in self.some(count))
+        read = (self.read_row(row, "", 0, value, label, {}) for row, value, label in self.sample_rows(count))
         return [(image, target) for image, target in read if image is not None]
 
     def load(self, workers: int, **loading) -> Iterator:
         """What so many decoding processes make."""
-        pin = self.process.device.type == "cuda"
-        options = {"num_workers": workers, "worker_init_fn": leave_signals_to_the_parent}
-        return iter(DataLoader(collate_fn=as_it_is, pin_memory=pin, **options, **loading))
+        pin = self.context.device.type == "cuda"
+        options = {"num_workers": workers, "worker_init_fn": ignore_signals}
+        return iter(DataLoader(collate_fn=identity, pin_memory=pin, **options, **loading))
 
     def to_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(tensor.to(self.process.device, non_blocking=True) for tensor in tensors)
+        return tuple(tensor.to(self.context.device, non_blocking=True) for tensor in tensors)
 
 
-class Images(Rows, torch.utils.data.Dataset):
+class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
     """Rows that are read by number, or kept decoded.
 
     A key is (epoch, rows); the row -1 is padding, which does not count. Nor does a bad image in an evaluation; in
@@ -161,9 +161,9 @@ class Images(Rows, torch.utils.data.Dataset):
     def at(self, rows: list[int]) -> Iterator[tuple]:
         """The undecoded image and the label of each row."""
         table = self.rows.with_format("arrow")[rows]
-        return zip(values_of(table, self.data.image_column), values_of(table, self.data.labels.column))
+        return zip(column_values(table, self.data.image_column), column_values(table, self.data.labels.column))
 
-    def some(self, count: int) -> Iterator[tuple]:
+    def sample_rows(self, count: int) -> Iterator[tuple]:
         """Number, undecoded image and label of rows that the seed draws."""
         generator = torch.Generator().manual_seed(seed_for(self.seed, "some"))
         rows = torch.randperm(self.size, generator=generator)[:count].tolist()
@@ -187,48 +187,48 @@ class Images(Rows, torch.utils.data.Dataset):
 
     def decoded(self, keys: Iterable, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for pixels, targets, bad in self.load(workers, dataset=self, batch_sampler=keys):
-            self.note(bad)
+            self.record_bad(bad)
             yield pixels, targets
 
-    def keep(self, quiet: bool):
+    def cache(self, quiet: bool):
         """Decodes the whole split once, onto the device, before the training."""
         pixels = torch.empty(self.size, *self.decode.shape, dtype=torch.uint8)
-        targets = self.data.labels.blank(self.size + 1)  # the last is that of padding
+        targets = self.data.labels.ignored_targets(self.size + 1)  # the last is that of padding
         starts = range(0, self.size, DECODE_BATCH)
         keys = [(0, list(range(start, min(start + DECODE_BATCH, self.size)))) for start in starts]
         progress = tqdm(total=self.size, desc=f"decoding {self.split}", unit="image", leave=False, disable=quiet)
-        workers = self.process.workers_before if self.size >= MANY else 0
+        workers = self.context.cache_workers if self.size >= MANY else 0
         for start, (batch, batch_targets) in zip(starts, self.decoded(keys, workers)):
             pixels[start : start + len(batch)], targets[start : start + len(batch)] = batch, batch_targets
             progress.update(len(batch))
         progress.close()
-        self.kept = pixels.to(self.process.device), targets.to(self.process.device)
+        self.cached = pixels.to(self.context.device), targets.to(self.context.device)
 
     def batches(self, keys: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """On the device: uint8 pixels (B, C, H, W) and targets (B,) or (B, K) for each key."""
-        if self.kept is None:
-            for batch in self.decoded(keys, self.process.workers):
+        if self.cached is None:
+            for batch in self.decoded(keys, self.context.num_workers):
                 yield self.to_device(*batch)
         else:
             for _, rows in keys:
                 (rows,) = self.to_device(torch.tensor(rows))
-                yield self.kept[0][rows], self.kept[1][rows]
+                yield self.cached[0][rows], self.cached[1][rows]
 
     def training(self, batch_size: int, accumulation: int, first_step: int) -> Iterator:
         """`batches` from a step on, without end."""
-        shares = (self.process.rank, self.process.world)
+        shares = (self.context.rank, self.context.world_size)
         return self.batches(training_keys(self.size, batch_size, accumulation, *shares, self.seed, first_step))
 
     def evaluation(self, batch_size: int) -> Iterator:
         """`batches` of one pass, as many in every process."""
-        return self.batches(evaluation_keys(self.size, batch_size, self.process.rank, self.process.world))
+        return self.batches(evaluation_keys(self.size, batch_size, self.context.rank, self.context.world_size))
 
 
-def as_it_is(batch):
+def identity(batch):
     return batch
 
 
-def leave_signals_to_the_parent(worker: int):
+def ignore_signals(worker: int):
     """Ctrl-C and SIGTERM may reach the whole group of processes while the parent still needs the batches of its step.
 
     SIGTERM may also be the parent's own, for a worker that does not end: it then ends a little later.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import BaseImageProcessor
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
-LONGEST = 50  # times its short side is what is kept of an image whose middle is cut out
+MAX_ASPECT_RATIO = 50  # times its short side is what is kept of an image whose middle is cut out
 
 
 class BadImage(ValueError):
@@ -27,7 +27,7 @@ class BadImage(ValueError):
 
 
 @contextlib.contextmanager
-def reasons():
+def raise_bad_image():
     """Within it, whatever Pillow has against an image is a BadImage; a decompression bomb, too, of which it only warns.
 
     Raises:
@@ -87,7 +87,7 @@ def load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def random_crop(width: int, height: int, min_area: float, generator: random.Random) -> tuple[float, ...]:
+def sample_crop_box(width: int, height: int, min_area: float, generator: random.Random) -> tuple[float, ...]:
     """A box (left, upper, right, lower) of at least `min_area` of the image, its sides 3:4 to 4:3.
 
     Szegedy et al., 2014, arXiv:1409.4842, section 6. Where none fits in ten draws: the largest in the middle.
@@ -103,7 +103,7 @@ def random_crop(width: int, height: int, min_area: float, generator: random.Rand
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def cut_out(pixels: np.ndarray, box: tuple[float, ...], size: tuple[int, int]) -> torch.Tensor:
+def crop_and_resize(pixels: np.ndarray, box: tuple[float, ...], size: tuple[int, int]) -> torch.Tensor:
     """A box of uint8 (H, W, C) pixels, resized, bilinear with antialiasing, to (C, height, width)."""
     left, upper = int(box[0]), int(box[1])
     right, lower = max(left + 1, round(box[2])), max(upper + 1, round(box[3]))
@@ -120,12 +120,14 @@ def random_resized_crop(
     libjpeg-turbo directly: the pixels are Pillow's, the copies are saved. Resizing is torch's, faster than Pillow's.
     """
     if isinstance(value, np.ndarray):
-        return cut_out(value.transpose(1, 2, 0), random_crop(*value.shape[:0:-1], min_area, generator), size)
+        return crop_and_resize(
+            value.transpose(1, 2, 0), sample_crop_box(*value.shape[:0:-1], min_area, generator), size
+        )
     image = open_image(value)
     orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
     turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # whose size Pillow turns itself
     width, height = image.size[::-1] if turned else image.size
-    left, upper, right, lower = random_crop(width, height, min_area, generator)
+    left, upper, right, lower = sample_crop_box(width, height, min_area, generator)
     needed = max(size[1] / (right - left), size[0] / (lower - upper))
     pixels = None
     if image.format == "JPEG" and orientation == 1 and needed > 0.5:
@@ -135,10 +137,10 @@ def random_resized_crop(
         image.draft("RGB", tuple(math.ceil(side * needed) for side in image.size))
         pixels = np.array(load_rgb(image))
     x, y = pixels.shape[1] / width, pixels.shape[0] / height
-    return cut_out(pixels, (left * x, upper * y, right * x, lower * y), size)
+    return crop_and_resize(pixels, (left * x, upper * y, right * x, lower * y), size)
 
 
-def as_pixels(images: list[PIL.Image.Image]) -> torch.Tensor:
+def stack_as_uint8(images: list[PIL.Image.Image]) -> torch.Tensor:
     """uint8 (B, C, H, W) of images of one size, as they are."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
@@ -165,19 +167,19 @@ class Decoder:
         self.processor, self.shape, self.arrays = processor, shape, arrays
         self.crop_min_area, self.seed = crop_min_area, seed
         # Resizing the short side would blow up an image that is all length; the middle is all that is used of it.
-        self.middle_only = getattr(processor, "do_center_crop", False)
+        self.crops_center = getattr(processor, "do_center_crop", False)
         self.size = shape[:0:-1]
-        self.changes_nothing = False  # of images that have the size already
+        self.is_identity = False  # of images that have the size already
         if not (arrays or crop_min_area):
             noise = np.random.default_rng(0).integers(0, 256, (*shape[1:], 3), np.uint8)
             noise = [PIL.Image.fromarray(noise)]
-            self.changes_nothing = torch.equal(self.stack(noise), as_pixels(noise))
+            self.is_identity = torch.equal(self.stack(noise), stack_as_uint8(noise))
 
     def __call__(
         self, value: dict | np.ndarray | list | None, epoch: int, row: int | tuple
     ) -> PIL.Image.Image | torch.Tensor:
         """Raises BadImage, which says why it cannot be used."""
-        with reasons():
+        with raise_bad_image():
             if self.arrays:
                 if value is None:
                     raise BadImage("there is none")
@@ -188,8 +190,8 @@ class Decoder:
             if self.arrays:
                 return torch.tensor(value)
             image = load_rgb(open_image(value))
-            longest = LONGEST * min(image.size)
-            if self.middle_only and max(image.size) > longest:
+            longest = MAX_ASPECT_RATIO * min(image.size)
+            if self.crops_center and max(image.size) > longest:
                 width, height = (min(side, longest) for side in image.size)
                 left, upper = (image.width - width) // 2, (image.height - height) // 2
                 image = image.crop((left, upper, left + width, upper + height))
@@ -202,7 +204,7 @@ class Decoder:
             return torch.stack([blank if image is None else image for image in images])
         blank = PIL.Image.new("RGB", self.size)
         images = [blank if image is None else image for image in images]
-        if self.changes_nothing and all(image.size == self.size for image in images):
-            return as_pixels(images)
+        if self.is_identity and all(image.size == self.size for image in images):
+            return stack_as_uint8(images)
         unscaled = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
         return self.processor(images, **unscaled, return_tensors="pt")["pixel_values"]

@@ -19,7 +19,7 @@ class BadLabel(ValueError):
     """A label that is none of those expected."""
 
 
-def kind_of(feature) -> str | None:
+def column_kind(feature) -> str | None:
     """What a column can hold: "class", "value", "classes", "words", "vector", "number", or, for None, no labels."""
     inner = getattr(feature, "feature", None) if isinstance(feature, (List, LargeList)) else None
     if isinstance(feature, ClassLabel):
@@ -43,7 +43,7 @@ def find_label_column(features: Features, name: str | None) -> str:
     Raises:
         ValueError: the named column is missing or cannot hold labels; without a name, none or several fit.
     """
-    kinds = {column: kind_of(feature) for column, feature in features.items() if not column.startswith("__")}
+    kinds = {column: column_kind(feature) for column, feature in features.items() if not column.startswith("__")}
     named = [column for column, kind in kinds.items() if kind in ("class", "classes")]
     fitting = named or [column for column, kind in kinds.items() if kind]
     if name is None and len(fitting) == 1:
@@ -62,7 +62,7 @@ def column_names(features: Features) -> str:
 
 
 @dataclass
-class Tally:
+class LabelCounts:
     """What is in a column of labels, in the order of its rows.
 
     Args:
@@ -78,22 +78,22 @@ class Tally:
     spread: float = 0.0
 
 
-def tally(values: Iterable, kind: str) -> Tally:
-    tally, numbers = Tally(), 0
+def count_labels(values: Iterable, kind: str) -> LabelCounts:
+    counts, numbers = LabelCounts(), 0
     for row, value in enumerate(values):
-        tally.rows += 1
+        counts.rows += 1
         if kind == "number" and value is not None:
             if math.isfinite(value):
                 numbers += 1
-                step = value - tally.mean
-                tally.mean += step / numbers
-                tally.spread += step * (value - tally.mean)
+                step = value - counts.mean
+                counts.mean += step / numbers
+                counts.spread += step * (value - counts.mean)
                 continue
             value = math.nan if math.isnan(value) else value
         value = tuple(value) if isinstance(value, list) else value
-        count, first = tally.found.get(value, (0, row))
-        tally.found[value] = count + 1, first
-    return tally
+        count, first = counts.found.get(value, (0, row))
+        counts.found[value] = count + 1, first
+    return counts
 
 
 @dataclass
@@ -102,11 +102,11 @@ class Labels:
 
     Args:
         column: its name.
-        kind: see `kind_of`.
+        kind: see `column_kind`.
         class_names: of the K classes, in the order of the network's outputs; in a regression the column's name alone.
         classes: value in the column -> class.
         rows, counts: how many training rows there are in all and with each class, where they were counted.
-        mean, deviation: of the numbers of a regression, whose targets are deviations from the mean.
+        mean, std: of the numbers of a regression, whose targets are deviations from the mean.
     """
 
     column: str
@@ -116,7 +116,7 @@ class Labels:
     rows: int | None = None
     counts: list[int] | None = None
     mean: float = 0.0
-    deviation: float = 1.0
+    std: float = 1.0
 
     @property
     def problem_type(self) -> str:
@@ -149,16 +149,16 @@ class Labels:
         if self.kind == "vector" and value and len(value) == len(self.class_names) and {0, 1}.issuperset(value):
             return [float(one) for one in value]
         if self.kind == "number" and value is not None and math.isfinite(value):
-            return [(value - self.mean) / self.deviation]
+            return [(value - self.mean) / self.std]
         raise BadLabel(f"label: expected {self.expected}, got {value}")
 
-    def blank(self, count: int) -> torch.Tensor:
+    def ignored_targets(self, count: int) -> torch.Tensor:
         """Targets that do not count: int64 (B,) or float32 (B, K)."""
         if self.problem_type == SINGLE:
             return torch.full((count,), IGNORED)
         return torch.full((count, len(self.class_names)), math.nan)
 
-    def secret(self, part: Tally) -> bool:
+    def are_hidden(self, part: LabelCounts) -> bool:
         """Whether a split keeps its labels secret, as the test split of ImageNet-1k does: all of them missing or -1."""
         return part.rows == sum(
             count
@@ -167,7 +167,7 @@ class Labels:
             if value not in self.classes
         )
 
-    def check(self, split: str, part: Tally):
+    def check(self, split: str, part: LabelCounts):
         """Raises ValueError unless every row of a split has a label that is expected."""
         bad = {}
         for value in part.found:
@@ -183,14 +183,14 @@ class Labels:
                 f"({sum(count for count, _ in bad.values())} such rows)"
             )
 
-    def count(self, train: Tally):
+    def count(self, train: LabelCounts):
         """Takes the training rows down.
 
         Raises:
             ValueError: all rows have the same label.
         """
-        self.rows, self.mean, self.deviation = train.rows, train.mean, math.sqrt(train.spread / train.rows)
-        if len(train.found) == 1 or (self.kind == "number" and not self.deviation):
+        self.rows, self.mean, self.std = train.rows, train.mean, math.sqrt(train.spread / train.rows)
+        if len(train.found) == 1 or (self.kind == "number" and not self.std):
             only = self.mean if self.kind == "number" else next(iter(train.found))
             raise ValueError(f"--dataset_name: expected several classes in the split 'train', got {only} only")
         self.counts = [0] * len(self.class_names)
@@ -211,13 +211,13 @@ class Labels:
         return torch.where(counts > 0, self.rows / ((counts > 0).sum() * counts), 0)
 
 
-def labels_of(column: str, feature, train: Tally | None) -> Labels:
+def build_labels(column: str, feature, train: LabelCounts | None) -> Labels:
     """What a column's feature and, where that does not say it, its values in "train" make of the labels.
 
     Raises:
         ValueError: a classification has fewer than two classes.
     """
-    kind, classes = kind_of(feature), {}
+    kind, classes = column_kind(feature), {}
     if kind == "number":
         return Labels(column, kind, [column])
     if kind == "value":

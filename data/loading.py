@@ -24,7 +24,7 @@ from datasets.utils.stratify import stratified_shuffle_split_generate_indices
 from tqdm import tqdm
 
 from ..files import ROOT
-from .labels import SINGLE, Labels, column_names, find_label_column, kind_of, labels_of, tally
+from .labels import SINGLE, Labels, build_labels, column_kind, column_names, count_labels, find_label_column
 
 FEW = 1_000  # rows that tell whether a stream's labels are secret
 LABEL_BATCH = 1_000  # labels read at a time from a stream
@@ -145,7 +145,7 @@ def load_image_data(
     seed: int = 0,
     streaming: bool = False,
     count_classes: bool = False,
-    once: Callable = lambda read: read(),
+    on_main_process: Callable = lambda read: read(),
 ) -> ImageData:
     """Loads a data set and checks all its labels once, those of a stream if it reads them; see `stream_labels`.
 
@@ -158,7 +158,7 @@ def load_image_data(
             not for a stream.
         streaming: rows are read when they are needed, from files or from the Hub.
         count_classes: the labels of a stream are read even where its classes and its size are known.
-        once: calls what reads them; it may do so in one process for all.
+        on_main_process: calls what reads them; it may do so in one process for all.
 
     Raises:
         ValueError: no such data set, column or "train" split, an empty split, fewer than two classes, or a label
@@ -180,20 +180,24 @@ def load_image_data(
     else:
         shape = array_shape(features[image_column])
 
-    kind, found = kind_of(features[label_column]), {}
+    kind, found = column_kind(features[label_column]), {}
     if streaming:
         infos = {split: (rows.info.splits or {}).get(names[split]) for split, rows in used.items()}
         sizes = {split: (info and info.num_examples) or None for split, info in infos.items()}
         columns = load_splits(name, config_name, revision, streaming, label_column)
         if count_classes or None in sizes.values() or kind not in ("class", "classes"):
-            found = once(lambda: {split: tally(stream_labels(columns[names[split]], split), kind) for split in used})
+            found = on_main_process(
+                lambda: {split: count_labels(stream_labels(columns[names[split]], split), kind) for split in used}
+            )
     else:
         values = {split: rows[label_column][:] for split, rows in used.items()}
-        found = {split: tally(part, kind) for split, part in values.items()}
-    labels = labels_of(label_column, features[label_column], found.get("train"))
+        found = {split: count_labels(part, kind) for split, part in values.items()}
+    labels = build_labels(label_column, features[label_column], found.get("train"))
     if "test" in used:
-        part = found.get("test") or tally(itertools.islice(stream_labels(columns[names["test"]], "test"), FEW), kind)
-        if labels.secret(part):
+        part = found.get("test") or count_labels(
+            itertools.islice(stream_labels(columns[names["test"]], "test"), FEW), kind
+        )
+        if labels.are_hidden(part):
             del used["test"]
             found.pop("test", None)
     for split, part in found.items():
@@ -216,7 +220,7 @@ def load_image_data(
         most = max_train_samples if split == "train" else max_eval_samples
         if most is not None and most < len(rows):
             used[split] = rows.select(np.random.default_rng(seed).permutation(len(rows))[:most])
-    labels.count(tally(used["train"][label_column][:], kind))
+    labels.count(count_labels(used["train"][label_column][:], kind))
     return ImageData(used, image_column, labels, {split: len(rows) for split, rows in used.items()}, shape)
 
 

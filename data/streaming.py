@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .dataloader import Rows
+from .dataloader import ImageSplit
 from .decoding import BadImage
 
 READ_BATCH = 64  # rows read at a time
@@ -20,7 +20,7 @@ MOST_SHARDS, ROWS_PER_SHARD = 1024, 4096  # more shards than the first only if t
 IDLE_PASSES = 3  # a reader may get an empty shard in one of them
 
 
-class Stream(Rows):
+class StreamingSplit(ImageSplit):
     """Rows that are read from one end to the other, by as many readers as there are decoding processes in all.
 
     Each pass over the data draws an order of the shards by (seed, epoch), of which the readers take turns to get one;
@@ -35,23 +35,23 @@ class Stream(Rows):
         super().__init__(*given, **options)
         self.buffer_size = buffer_size
         self.parts = {}  # shard -> its rows
-        self.places = {}  # reader of this process -> (epoch, rows that it has taken of it)
+        self.positions = {}  # reader of this process -> (epoch, rows that it has taken of it)
 
     @property
     def readers(self) -> int:
         """Of this process; without a decoding process it reads by itself."""
-        return max(self.process.workers, 1)
+        return max(self.context.num_workers, 1)
 
     @property
     def shards(self) -> list[int]:
         """The units that are dealt out: the files or, where these are many and small, sets of files."""
-        readers = self.process.world * self.readers
+        readers = self.context.world_size * self.readers
         most = max(MOST_SHARDS, readers, self.size // ROWS_PER_SHARD)
         return list(range(min(self.rows.num_shards, most)))
 
     def undecoded(self, reader: int, shards: list[int]) -> Iterator[tuple]:
         """The share of a reader of this process in the shards: (shard, row), image and label."""
-        reader, readers = self.process.rank * self.readers + reader, self.process.world * self.readers
+        reader, readers = self.context.rank * self.readers + reader, self.context.world_size * self.readers
         dealt = len(shards) - len(shards) % readers
         for place, shard in enumerate(shards):
             if place < dealt and place % readers != reader:
@@ -73,17 +73,17 @@ class Stream(Rows):
         """What `undecoded` gives in one pass, shuffled."""
         shards = self.shards
         random.Random(repr((self.seed, "shards", epoch))).shuffle(shards)
-        draw = random.Random(repr((self.seed, "buffer", epoch, self.process.rank * self.readers + reader)))
+        draw = random.Random(repr((self.seed, "buffer", epoch, self.context.rank * self.readers + reader)))
         return shuffled(self.undecoded(reader, shards), self.buffer_size, draw)
 
-    def some(self, count: int) -> Iterator[tuple]:
+    def sample_rows(self, count: int) -> Iterator[tuple]:
         """Place, undecoded image and label of the first rows of a pass."""
         return itertools.islice(self.read_pass(0, 0), count)
 
     def training_batches(self, batch_size: int, turn: int, worker: int) -> Iterator[tuple]:
         """Batches without end, the reader that made each and where it is then; a bad image is passed over."""
         reader = (worker + turn) % self.readers
-        first_epoch, done = self.places.get(reader, (0, 0))
+        first_epoch, done = self.positions.get(reader, (0, 0))
         images, targets, bad, idle = [], [], {}, 0
         for epoch in itertools.count(first_epoch):
             idle += 1
@@ -105,8 +105,8 @@ class Stream(Rows):
         """On the device: uint8 pixels (B, C, H, W) and targets, from a step on, without end."""
         read = functools.partial(self.training_batches, batch_size, first_step * accumulation)
         for pixels, targets, bad, reader, place in self.read(read):
-            self.note(bad)
-            self.places[reader] = place
+            self.record_bad(bad)
+            self.positions[reader] = place
             yield self.to_device(pixels, targets)
 
     def evaluation_batches(self, batch_size: int, worker: int) -> Iterator[tuple]:
@@ -122,35 +122,35 @@ class Stream(Rows):
     def evaluation(self, batch_size: int) -> Iterator:
         """As `training`, but one pass; as many batches in every process."""
         batches = self.read(functools.partial(self.evaluation_batches, batch_size))
-        while self.process.any((batch := next(batches, None)) is not None):
+        while self.context.any_process((batch := next(batches, None)) is not None):
             if batch is None:
                 batch = self.batch([None] * batch_size, [None] * batch_size, {})
             pixels, targets, bad = batch
-            self.note(bad)
+            self.record_bad(bad)
             yield self.to_device(pixels, targets)
 
     def read(self, read: Callable[[int], Iterator]) -> Iterator:
         """What the readers make, in turn. Raises BadImage where one of them came to an untimely end."""
-        for batch in self.load(self.process.workers, dataset=Reader(read), batch_size=None):
+        for batch in self.load(self.context.num_workers, dataset=Reader(read), batch_size=None):
             if isinstance(batch, str):
                 raise BadImage(f"--dataset_name: the split {self.split!r} cannot be read on: {batch}")
             yield batch
 
-    def state(self) -> dict[str, list[int]]:
+    def state_dict(self) -> dict[str, list[int]]:
         """Where the readers of this process are, for `go_on`."""
-        return {str(reader): list(self.places.get(reader, (0, 0))) for reader in range(self.readers)}
+        return {str(reader): list(self.positions.get(reader, (0, 0))) for reader in range(self.readers)}
 
-    def go_on(self, state: dict[str, list[int]]) -> str | None:
+    def load_state_dict(self, state: dict[str, list[int]]) -> str | None:
         """Puts the readers where they were. Another number of readers begins a pass that none of them has begun.
 
         Returns:
             What there is to say about that, if anything.
         """
-        self.places = {int(reader): tuple(place) for reader, place in state.items()}
+        self.positions = {int(reader): tuple(place) for reader, place in state.items()}
         if len(state) == self.readers:
             return None
-        epoch = 1 + max(epoch for epoch, _ in self.places.values())
-        self.places = {reader: (epoch, 0) for reader in range(self.readers)}
+        epoch = 1 + max(epoch for epoch, _ in self.positions.values())
+        self.positions = {reader: (epoch, 0) for reader in range(self.readers)}
         return (
             f"the stream had {len(state)} decoding processes and now has {self.readers}: "
             f"it goes on with pass {epoch + 1} over the data, not where it was"

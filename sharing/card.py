@@ -62,7 +62,7 @@ def interval(part: float, count: int) -> tuple[float, float]:
 # The card
 
 
-def around_marks(text: str) -> list[str]:
+def split_at_markers(text: str) -> list[str]:
     """What stands before and behind the generated part, or all of a text without one."""
     parts = re.split(f"{re.escape(BEGIN)}.*?{re.escape(END)}", text.strip(), maxsplit=1, flags=re.DOTALL)
     if any(mark in part for mark in (BEGIN, END) for part in parts):
@@ -70,9 +70,9 @@ def around_marks(text: str) -> list[str]:
     return parts
 
 
-def by_hand(card: str) -> str:
+def user_text(card: str) -> str:
     """What a card has beside its metadata and its generated part."""
-    return "\n".join(around_marks(open_card(card, "README.md").text)).strip() if card.strip() else ""
+    return "\n".join(split_at_markers(open_card(card, "README.md").text)).strip() if card.strip() else ""
 
 
 def build_card(
@@ -100,7 +100,7 @@ def build_card(
         base = file.read_text(encoding="utf-8")
     if base is not None and base.strip():
         old = open_card(base, str(file))
-        around = around_marks(old.text)
+        around = split_at_markers(old.text)
         text = text.join(around) if len(around) == 2 else around[0]
         ours = {(result.dataset_type, result.dataset_split) for result in data.get("eval_results", [])}
         others = [one for one in old.data.eval_results or [] if (one.dataset_type, one.dataset_split) not in ours]

@@ -10,15 +10,25 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from ..files import write_atomically
-from .card import build_card, by_hand
-from .verify import NEEDED, OPTIONAL, WEIGHTS, check, differences, door_of, probe, prove_here, refuse_secrets
+from .card import build_card, user_text
+from .verify import (
+    NEEDED,
+    OPTIONAL,
+    WEIGHTS,
+    auto_class_of,
+    check,
+    differences,
+    fresh_outputs,
+    local_outputs,
+    refuse_secrets,
+)
 
 WAITS = (1, 2, 4, 8)  # seconds between tries
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 NETWORK_ERRORS = HfHubHTTPError.__bases__  # the client's HTTP library's own, and OSError
 
 
-def patiently(call: Callable):
+def with_retries(call: Callable):
     """What a call of the Hub's API gives; busy servers and cut connections are asked again, after longer and longer.
 
     Raises:
@@ -49,7 +59,7 @@ def retry_after(error: Exception) -> int:
 
 def remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, str]:
     """The hash of each file there: sha256 of what is in LFS, else git's."""
-    rows = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
+    rows = with_retries(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
     return {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in rows if hasattr(row, "blob_id")}
 
 
@@ -70,20 +80,20 @@ def changes(api: HfApi, repo_id: str, folder: Path, files: list[str], revision: 
     return changed, [name for name in there if (name in ours or WEIGHTS.fullmatch(name)) and name not in files]
 
 
-def look(api: HfApi, repo_id: str) -> tuple[dict[str, str], dict[str, str], bool]:
+def repo_state(api: HfApi, repo_id: str) -> tuple[dict[str, str], dict[str, str], bool]:
     """The branches and the tags of a repository with their commits, and whether it is private, as a new one may be."""
     try:
-        info = patiently(lambda: api.repo_info(repo_id))
+        info = with_retries(lambda: api.repo_info(repo_id))
     except RepositoryNotFoundError:
         return {}, {}, True
-    refs = patiently(lambda: api.list_repo_refs(repo_id))
+    refs = with_retries(lambda: api.list_repo_refs(repo_id))
     return *({ref.name: ref.target_commit for ref in kind} for kind in (refs.branches, refs.tags)), info.private
 
 
-def card_there(api: HfApi, repo_id: str, revision: str) -> str:
+def remote_card(api: HfApi, repo_id: str, revision: str) -> str:
     """README.md of a revision, "" if it has none."""
     try:
-        path = patiently(lambda: api.hf_hub_download(repo_id, "README.md", revision=revision))
+        path = with_retries(lambda: api.hf_hub_download(repo_id, "README.md", revision=revision))
     except EntryNotFoundError:
         return ""
     return Path(path).read_text(encoding="utf-8")
@@ -117,28 +127,28 @@ def upload(
         try:
             return api.create_commit(repo_id, operations, **options).oid
         except NETWORK_ERRORS:
-            if sha := landed():
+            if sha := find_our_commit():
                 return sha
             raise
 
-    def landed() -> str | None:
+    def find_our_commit() -> str | None:
         """The commit, where it was made although no answer came."""
         if create_pr:
             made = [sha for ref, sha in open_requests(api, repo_id).items() if ref not in before]
             return next((sha for sha in made if not any(changes(api, repo_id, folder, files, sha))), None)
-        head = patiently(lambda: api.repo_info(repo_id, revision=revision)).sha
+        head = with_retries(lambda: api.repo_info(repo_id, revision=revision)).sha
         if head == parent:
             return None
         if any(changes(api, repo_id, folder, files, head)):
             raise ValueError(f"{repo_id}: expected its head to be {parent} still, got {head}: look at it, push again")
         return head
 
-    return patiently(commit)
+    return with_retries(commit)
 
 
 def open_requests(api: HfApi, repo_id: str) -> dict[str, str]:
     """The pull requests of a repository: ref and commit."""
-    refs = patiently(lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
+    refs = with_retries(lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
     return {request.ref: request.target_commit for request in refs.pull_requests}
 
 
@@ -184,22 +194,22 @@ def push(
     for note in notes:
         print(note)
     if dry_run:
-        prove_here(folder)
+        local_outputs(folder)
         sizes = {"README.md": len(card.encode())} | {name: (folder / name).stat().st_size for name in files}
         print("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()), card, sep="\n\n")
         return None
 
     files, api = ["README.md", *files], HfApi()
-    patiently(api.whoami)
-    branches, tags, is_private = look(api, repo_id)
+    with_retries(api.whoami)
+    branches, tags, is_private = repo_state(api, repo_id)
     if private and not is_private:
         raise ValueError(f"--private: expected {repo_id} to be so or to be new, it is public")
     head = branches.get(revision or "main")
-    there = card_there(api, repo_id, head) if head else ""
-    if by_hand(there) and not by_hand(card):
+    there = remote_card(api, repo_id, head) if head else ""
+    if user_text(there) and not user_text(card):
         print("README.md keeps what was written there by hand")
         card = build_card(folder, repo_id, tag, license, there)
-    elif by_hand(there) not in ("", by_hand(card)):
+    elif user_text(there) not in ("", user_text(card)):
         print(f"README.md there has other words by hand; they stay in {head}")
     write_atomically(folder / "README.md", card)
     heads = [head] if head is not None else []
@@ -212,14 +222,14 @@ def push(
     if is_there:
         print(f"nothing to push: {api.endpoint}/{repo_id} has these files already, at {head_there}")
         if tag is not None:
-            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=head_there, exist_ok=True))
+            with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=head_there, exist_ok=True))
         return head_there
 
-    expected = prove_here(folder)
-    patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
+    expected = local_outputs(folder)
+    with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
     if revision is not None:
-        patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    head = head or patiently(lambda: api.repo_info(repo_id, revision=revision)).sha
+        with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    head = head or with_retries(lambda: api.repo_info(repo_id, revision=revision)).sha
     sha = upload(api, repo_id, folder, files, head, message, revision, create_pr)
     where = f"tree/{sha}"
     if create_pr:
@@ -228,20 +238,20 @@ def push(
     url, name = f"{api.endpoint}/{repo_id}", repo_id.rpartition("/")[2]
     branch = f" -b {revision}" if revision else ""
     back = f"git clone{branch} {url} && cd {name} && git revert {sha} && git push"
-    prove(repo_id, sha, door_of(folder), expected, f"close {url}/{where}" if create_pr else back)
+    verify_commit(repo_id, sha, auto_class_of(folder), expected, f"close {url}/{where}" if create_pr else back)
     if tag is not None:
-        patiently(lambda: api.create_tag(repo_id, tag=tag, revision=sha, exist_ok=True))
+        with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=sha, exist_ok=True))
     print(
         f"{url}/{where} gives in a fresh process what {folder} gives here, bit for bit:\n"
-        f'transformers.{door_of(folder)}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)'
+        f'transformers.{auto_class_of(folder)}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)'
     )
     return sha
 
 
-def prove(repo_id: str, sha: str, door: str, expected: dict[str, torch.Tensor], back: str):
+def verify_commit(repo_id: str, sha: str, auto_class: str, expected: dict[str, torch.Tensor], back: str):
     """Raises RuntimeError, with the way back, where a commit does not load in a fresh process as the folder does."""
     try:
-        wrong = differences(expected, probe(repo_id, sha, door=door))
+        wrong = differences(expected, fresh_outputs(repo_id, sha, auto_class=auto_class))
     except ValueError as error:
         wrong = [str(error)]
     if wrong:

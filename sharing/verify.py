@@ -13,7 +13,7 @@ from huggingface_hub import get_token
 from safetensors.torch import load_file
 
 from ..configuration_vit_simple import AUTO_MAP, ViTSimpleConfig
-from ..conversion.state_dict import gather, listed, load_tensors
+from ..conversion.state_dict import import_state_dict, join_names, load_tensors
 from ..files import CODE, RECORD, ROOT, has_head, read_json
 
 NEEDED = ("config.json", "preprocessor_config.json", *CODE)
@@ -26,18 +26,18 @@ SECRETS = re.compile(  # of the Hub, GitHub, GitLab, Slack, OpenAI, Google and A
 )
 SECRET_NAMES = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY)$", re.IGNORECASE)  # of variables
 CACHES = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE"}
-PROBE = """
+FRESH_PROCESS = """
 import sys, PIL.Image, torch, transformers
 from safetensors.torch import save_file
 
-source, revision, door, out, code = sys.argv[1:]
+source, revision, auto_class, out, code = sys.argv[1:]
 options = {"revision": revision} if revision else {}
 processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
 if code == "remote":
     options["trust_remote_code"] = True
 else:
     import vit_simple
-model = getattr(transformers, door).from_pretrained(source, **options).eval()
+model = getattr(transformers, auto_class).from_pretrained(source, **options).eval()
 channels, size, draw = model.config.num_channels, model.config.image_size, torch.Generator().manual_seed(0)
 if processor.do_resize:
     pixels = torch.randint(256, (2, 40, 60, 3), dtype=torch.uint8, generator=draw).numpy()
@@ -72,14 +72,14 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
     config = ViTSimpleConfig.from_pretrained(folder)
     weights = sorted(path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
     tensors = load_tensors([folder / name for name in weights if name.endswith(".safetensors")])
-    gather(tensors, {}, config)
+    import_state_dict(tensors, {}, config)
     if has_head(content) != ("head.weight" in tensors):
         raise ValueError(
             f"config.json: expected architectures that fit the weights, got {content.get('architectures')}"
         )
     names = list(config.id2label.values())
     if has_head(content) and any(re.fullmatch(r"LABEL_\d+", name) for name in names):
-        raise ValueError(f"config.json: expected names of the labels in id2label and label2id, got {listed(names)}")
+        raise ValueError(f"config.json: expected names of the labels in id2label and label2id, got {join_names(names)}")
     files = [*NEEDED, *weights, *(name for name in OPTIONAL if (folder / name).is_file())]
     differing = [name for name in CODE if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
     return files, [f"{name} is not the installed one; the checkpoint keeps its own" for name in differing]
@@ -98,13 +98,15 @@ def refuse_secrets(files: dict[str, bytes]):
             raise ValueError(f"{file}: expected no secrets, got {what}")
 
 
-def probe(source: str, revision: str = "", remote: bool = True, door: str = "AutoModel") -> dict[str, torch.Tensor]:
+def fresh_outputs(
+    source: str, revision: str = "", remote: bool = True, auto_class: str = "AutoModel"
+) -> dict[str, torch.Tensor]:
     """What a checkpoint makes of fixed images in a fresh process with empty caches.
 
     Args:
         source, revision: a folder, or a repository and its commit.
         remote: with the code of the checkpoint, else with that of the installed package.
-        door: the Auto class.
+        auto_class: the Auto class.
 
     Raises:
         ValueError: it does not load there, with what that process said last.
@@ -113,7 +115,16 @@ def probe(source: str, revision: str = "", remote: bool = True, door: str = "Aut
         variables = {name: value for name, value in os.environ.items() if name not in CACHES}
         variables |= {"HF_HOME": home, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         variables |= {"HF_TOKEN": get_token() or ""} if revision else {"HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", PROBE, source, revision, door, f"{home}/out", "remote" if remote else "local"]
+        command = [
+            sys.executable,
+            "-c",
+            FRESH_PROCESS,
+            source,
+            revision,
+            auto_class,
+            f"{home}/out",
+            "remote" if remote else "local",
+        ]
         result = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True)
         if result.returncode:
             raise ValueError(f"{source} does not load in a fresh process: {result.stderr.strip().splitlines()[-1]}")
@@ -125,15 +136,15 @@ def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     return [name for name in one | other if name not in one or name not in other or not one[name].equal(other[name])]
 
 
-def door_of(folder: Path) -> str:
+def auto_class_of(folder: Path) -> str:
     return "AutoModelForImageClassification" if has_head(read_json(folder / "config.json")) else "AutoModel"
 
 
-def prove_here(folder: Path) -> dict[str, torch.Tensor]:
+def local_outputs(folder: Path) -> dict[str, torch.Tensor]:
     """What the folder gives in a fresh process. Raises ValueError, if the installed package gives something else."""
-    ways = [(str(folder.resolve()), "", remote, door_of(folder)) for remote in (True, False)]
+    ways = [(str(folder.resolve()), "", remote, auto_class_of(folder)) for remote in (True, False)]
     with ThreadPoolExecutor() as pool:
-        found, installed = pool.map(lambda way: probe(*way), ways)
+        found, installed = pool.map(lambda way: fresh_outputs(*way), ways)
     if wrong := differences(found, installed):
         raise ValueError(f"{folder}: its code and the installed package give other {', '.join(wrong)}")
     return found

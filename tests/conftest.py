@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from hypothesis import settings
 
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
-from vit_simple.data.dataloader import Images, Process
+from vit_simple.data.dataloader import LoaderContext, MapStyleSplit
 from vit_simple.data.decoding import Decoder
 from vit_simple.data.labels import Labels
 from vit_simple.data.loading import ImageData
@@ -52,10 +52,12 @@ def tiny(**fields) -> ViTSimpleForImageClassification:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="moments at which tests/test_resume.py kills a run")
-    older = "versions of transformers that tests/test_loading.py opens checkpoints with, beside the one installed"
+    parser.addoption("--kills", type=int, default=2, help="moments at which tests/training/test_resume.py kills a run")
+    older = "versions of transformers that tests/model/test_loading.py opens checkpoints with, beside the one installed"
     parser.addoption("--older", default="4.57.6", help=older + "; 5.0.0 is supported, too")
-    parser.addoption("--pushes", type=int, default=10, help="pushes of tests/test_push_to_hub.py under random faults")
+    parser.addoption(
+        "--pushes", type=int, default=10, help="pushes of tests/sharing/test_upload.py under random faults"
+    )
 
 
 @pytest.fixture
@@ -96,9 +98,9 @@ def data_of(files: list[str | None], labels: list[int]) -> ImageData:
     return ImageData({"train": rows, "test": rows}, "image", classes("a", "b"), {"train": len(rows), "test": len(rows)})
 
 
-def images_of(data: ImageData, split: str, processor, size, area=0.0, on_bad_image="error", seed=0) -> Images:
+def images_of(data: ImageData, split: str, processor, size, area=0.0, on_bad_image="error", seed=0) -> MapStyleSplit:
     decode = Decoder(processor, (data.channels, *size), data.array_shape is not None, area, seed)
-    return Images(data, split, decode, Process(torch.device("cpu")), on_bad_image, seed)
+    return MapStyleSplit(data, split, decode, LoaderContext(torch.device("cpu")), on_bad_image, seed)
 
 
 def run_python(python: Path, work: Path, code: str, *arguments) -> str:

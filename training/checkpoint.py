@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from ..files import write_atomically
 from .config import TrainConfig
-from .optim import AveragedWeights
+from .optim import EMA
 
 # What may change when a run goes on: nothing of it changes a weight, but for the decoding processes of a stream.
 FREE = {
@@ -132,9 +132,7 @@ def cut_metrics(folder: Path, step: int):
     write_atomically(path, "".join(kept))
 
 
-def save_checkpoint(
-    accelerator: Accelerator, folder: Path, step: int, state: dict, averaged: AveragedWeights | None, limit: int
-):
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict, averaged: EMA | None, limit: int):
     """Writes checkpoints/step_N aside, flushes it and renames it; keeps the last `limit`. Called by every process.
 
     Raises:
@@ -166,7 +164,7 @@ def save_checkpoint(
             delete(old)
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, averaged: AveragedWeights | None) -> dict:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, averaged: EMA | None) -> dict:
     """Puts a checkpoint into what `accelerator` has prepared and into the averages; returns its state.json."""
     accelerator.load_state(str(checkpoint))
     if averaged:

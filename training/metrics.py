@@ -49,7 +49,7 @@ class Evaluation:
         return -values["mae"] if "mae" in values else values.get("top1", values.get("map"))
 
 
-class SingleScores:
+class SingleLabelMetrics:
     """Of logits (B, K) and classes (B,)."""
 
     def __init__(self, labels: Labels, device: torch.device):
@@ -59,7 +59,7 @@ class SingleScores:
         self.right, self.right5, self.seen = torch.zeros(3, classes + 1, dtype=torch.int64, device=device)
         self.confusion = torch.zeros(classes**2 + 1 if self.confused else 0, dtype=torch.int64, device=device)
 
-    def add(self, logits: torch.Tensor, labels: torch.Tensor):
+    def update(self, logits: torch.Tensor, labels: torch.Tensor):
         best = logits.topk(min(5, self.classes)).indices  # (B, 5)
         hits = (best == labels[:, None]).long()
         self.loss += F.cross_entropy(logits, labels, reduction="sum")
@@ -71,32 +71,32 @@ class SingleScores:
             cells = torch.where(labels >= 0, labels * self.classes + best[:, 0], self.classes**2)
             self.confusion.scatter_add_(0, cells, torch.ones_like(cells))
 
-    def result(self, accelerator: Accelerator) -> Evaluation:
+    def compute(self, accelerator: Accelerator) -> Evaluation:
         sums = (self.loss, self.right[:-1], self.right5[:-1], self.seen[:-1], self.confusion[:-1])
         loss, right, right5, seen, confusion = (accelerator.reduce(tensor, "sum").cpu() for tensor in sums)
         correct, count = right.sum().item(), seen.sum().item()
-        require_some(count)
+        require_images(count)
         values = {"loss": loss.item() / count, "top1": correct / count, "top5": right5.sum().item() / count}
         per_class = [hit / all if all else None for hit, all in zip(right.tolist(), seen.tolist())]
         confusion = confusion.view(self.classes, self.classes) if self.confused else None
         return Evaluation({**values, "correct": correct, "count": count}, per_class, confusion)
 
 
-class MultiScores:
+class MultiLabelMetrics:
     """Of logits (B, K) and zeros and ones (B, K), all of which are kept: (N, K) floats, twice."""
 
     def __init__(self, labels: Labels, device: torch.device):
         self.logits, self.targets = [], []
 
-    def add(self, logits: torch.Tensor, targets: torch.Tensor):
+    def update(self, logits: torch.Tensor, targets: torch.Tensor):
         self.logits.append(logits)
         self.targets.append(targets)
 
-    def result(self, accelerator: Accelerator) -> Evaluation:
+    def compute(self, accelerator: Accelerator) -> Evaluation:
         logits, targets = (accelerator.gather(torch.cat(parts)).cpu() for parts in (self.logits, self.targets))
         counts = ~targets[:, 0].isnan()
         logits, targets = logits[counts], targets[counts]
-        require_some(len(targets))
+        require_images(len(targets))
         loss = F.binary_cross_entropy_with_logits(logits, targets).item()
         per_class = [average_precision(*pair) for pair in zip(logits.T.numpy(), targets.T.numpy() > 0)]
         known = [value for value in per_class if value is not None]
@@ -104,32 +104,32 @@ class MultiScores:
         return Evaluation({"loss": loss, "map": mean, "count": len(targets)}, per_class)
 
 
-class RegressionScores:
+class RegressionMetrics:
     """Of values (B, 1) and values (B, 1), both in standard deviations from the mean."""
 
     def __init__(self, labels: Labels, device: torch.device):
-        self.deviation = labels.deviation
+        self.std = labels.std
         exact = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(5, dtype=exact, device=device)
 
-    def add(self, values: torch.Tensor, targets: torch.Tensor):
+    def update(self, values: torch.Tensor, targets: torch.Tensor):
         counts = ~targets.isnan()
         targets, errors = torch.where(counts, targets, 0), torch.where(counts, values - targets, 0)
         parts = (errors.square(), errors.abs(), targets, targets.square(), counts)
         self.sums += torch.stack([part.to(self.sums.dtype).sum() for part in parts])
 
-    def result(self, accelerator: Accelerator) -> Evaluation:
+    def compute(self, accelerator: Accelerator) -> Evaluation:
         squares, absolutes, total, total_squares, count = accelerator.reduce(self.sums, "sum").tolist()
-        require_some(count)
+        require_images(count)
         variance = total_squares - total**2 / count
-        values = {"loss": squares / count, "mae": absolutes / count * self.deviation}
+        values = {"loss": squares / count, "mae": absolutes / count * self.std}
         return Evaluation({**values, "r2": 1 - squares / variance if variance > 0 else 0.0, "count": int(count)})
 
 
-SCORES = {SINGLE: SingleScores, MULTI: MultiScores, REGRESSION: RegressionScores}
+METRICS_OF = {SINGLE: SingleLabelMetrics, MULTI: MultiLabelMetrics, REGRESSION: RegressionMetrics}
 
 
-def require_some(count: float):
+def require_images(count: float):
     if not count:
         raise BadImage("--on_bad_image: expected an image to be left in every split, got one of bad images alone")
 
@@ -177,7 +177,7 @@ def captions(logits: torch.Tensor, targets: list, labels: Labels) -> list[tuple[
     names, found = labels.class_names, []
     for scores, target in zip(logits, targets):
         if labels.problem_type == REGRESSION:
-            truth = target[0] * labels.deviation + labels.mean
+            truth = target[0] * labels.std + labels.mean
             found.append((f"{scores.item():.3g} ({truth:.3g})", True))
             continue
         if labels.problem_type == SINGLE:

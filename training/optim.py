@@ -143,7 +143,7 @@ def build_optimizers(
     return optimizers
 
 
-class AveragedWeights:
+class EMA:
     """The exponential moving average of a network's parameters, which can trade places with them.
 
     Args:
@@ -170,7 +170,7 @@ class AveragedWeights:
             average.copy_(held)
 
     @contextlib.contextmanager
-    def in_place(self):
+    def applied(self):
         """Within it, the network has the averaged weights."""
         self.swap()
         try:

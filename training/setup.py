@@ -16,17 +16,17 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig
-from ..data.dataloader import Images, Process, equal_sizes, fits, seed_for
+from ..data.dataloader import LoaderContext, MapStyleSplit, fits_in_cache, have_equal_sizes, seed_for
 from ..data.decoding import Decoder
 from ..data.labels import REGRESSION, SINGLE, Labels
 from ..data.loading import ImageData
 from ..data.processors import open_processor, stock_processor
-from ..data.streaming import Stream
+from ..data.streaming import StreamingSplit
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .config import TrainConfig, unknown
 
 
-def precision_of(config: TrainConfig) -> str:
+def mixed_precision_of(config: TrainConfig) -> str:
     return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
@@ -37,8 +37,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         ValueError: a tracker that is not installed, a precision that is no option, a launcher that makes no group, what
             FSDP cannot do.
     """
-    if precision_of(config) not in ("no", "bf16"):
-        raise ValueError(f"--mixed_precision: expected no or bf16, got {precision_of(config)} from accelerate launch")
+    if mixed_precision_of(config) not in ("no", "bf16"):
+        raise ValueError(
+            f"--mixed_precision: expected no or bf16, got {mixed_precision_of(config)} from accelerate launch"
+        )
     if config.report_to and importlib.util.find_spec(config.report_to) is None:
         raise ValueError(f"--report_to: expected {config.report_to} to be installed: pip install {config.report_to}")
     alone = os.environ.get("ACCELERATE_USE_CPU") == "True" and "WORLD_SIZE" not in os.environ
@@ -115,7 +117,7 @@ def build_model_config(config: TrainConfig, labels: Labels, channels: int = 3) -
     return ViTSimpleConfig.from_variant(variant, image_size=config.image_size or 224, **fields)
 
 
-def build_network(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSimpleForImageClassification:
+def build_model(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSimpleForImageClassification:
     """The network with its first weights: drawn by seed, or those of the checkpoint, with a new head for new labels.
 
     Raises:
@@ -155,9 +157,9 @@ def build_network(config: TrainConfig, labels: Labels, channels: int = 3) -> ViT
             network.head = torch.nn.Linear(network.head.in_features, len(labels.class_names))
             network._init_weights(network.head)
         elif labels.problem_type == REGRESSION:
-            with torch.no_grad():  # the inverse of in_own_units
-                network.head.bias.sub_(labels.mean).div_(labels.deviation)
-                network.head.weight.div_(labels.deviation)
+            with torch.no_grad():  # the inverse of denormalize_head
+                network.head.bias.sub_(labels.mean).div_(labels.std)
+                network.head.weight.div_(labels.std)
     if config.freeze_backbone:
         network.requires_grad_(False)
         network.head.requires_grad_(True)
@@ -168,11 +170,11 @@ def build_network(config: TrainConfig, labels: Labels, channels: int = 3) -> ViT
     return network
 
 
-def in_own_units(weights: dict[str, torch.Tensor], labels: Labels) -> dict[str, torch.Tensor]:
+def denormalize_head(weights: dict[str, torch.Tensor], labels: Labels) -> dict[str, torch.Tensor]:
     """The weights as they are saved: a head that was trained in standard deviations from the mean gives numbers."""
     if labels.problem_type != REGRESSION:
         return weights
-    weight, bias = weights["head.weight"] * labels.deviation, weights["head.bias"] * labels.deviation + labels.mean
+    weight, bias = weights["head.weight"] * labels.std, weights["head.bias"] * labels.std + labels.mean
     return {**weights, "head.weight": weight, "head.bias": bias}
 
 
@@ -205,9 +207,9 @@ def processor_content(
     return stock_processor(image_size, round(height / (config.crop_pct or 0.875)) if crops else None)
 
 
-def build_rows(
+def build_splits(
     config: TrainConfig, data: ImageData, image_size: tuple[int, int], accelerator: Accelerator
-) -> tuple[dict[str, Images | Stream], dict]:
+) -> tuple[dict[str, MapStyleSplit | StreamingSplit], dict]:
     """The splits as pixels, decoded already where they are kept, and the content of preprocessor_config.json.
 
     Raises:
@@ -221,15 +223,15 @@ def build_rows(
         if data.array_shape[1:] != image_size:
             raise ValueError(f"--image_size: expected {data.array_shape[1:]}, the size of the arrays, got {image_size}")
     if crop is None and not config.eval_only:
-        kept = not config.streaming and fits(data.sizes["train"], shape)
-        crop = 0.0 if kept and equal_sizes(rows, data.image_column) else 0.08
+        kept = not config.streaming and fits_in_cache(data.sizes["train"], shape)
+        crop = 0.0 if kept and have_equal_sizes(rows, data.image_column) else 0.08
     content = processor_content(config, image_size, bool(crop), data.array_shape)
     processor = open_processor(content)
     if data.array_shape is None:
         made = processor(PIL.Image.new("RGB", (300, 200)), return_tensors="pt").pixel_values.shape[2:]
         if tuple(made) != image_size:
             raise ValueError(f"--model_name_or_path: expected a processor that makes {image_size}, got {tuple(made)}")
-    process = process_of(config, accelerator)
+    process = build_loader_context(config, accelerator)
     found = {}
     for split in data.splits:
         if split == "train" and config.eval_only:
@@ -238,20 +240,20 @@ def build_rows(
         decode = Decoder(processor, shape, data.array_shape is not None, area, config.seed)
         given = (data, split, decode, process, config.on_bad_image, config.seed)
         if config.streaming:
-            found[split] = Stream(*given, buffer_size=config.shuffle_buffer_size)
+            found[split] = StreamingSplit(*given, buffer_size=config.shuffle_buffer_size)
         else:
-            found[split] = Images(*given)
-            if config.cache_images == "auto" and area == 0 and fits(data.sizes[split], shape):
-                found[split].keep(quiet=not accelerator.is_main_process)
+            found[split] = MapStyleSplit(*given)
+            if config.cache_images == "auto" and area == 0 and fits_in_cache(data.sizes[split], shape):
+                found[split].cache(quiet=not accelerator.is_main_process)
     return found, content
 
 
-def once(accelerator: Accelerator, make: Callable):
+def on_main_process(accelerator: Accelerator, make: Callable):
     """What the main process makes, in every process."""
     return broadcast_object_list([make() if accelerator.is_main_process else None])[0]
 
 
-def process_of(config: TrainConfig, accelerator: Accelerator) -> Process:
+def build_loader_context(config: TrainConfig, accelerator: Accelerator) -> LoaderContext:
     """This process. It decodes with a process for each core before the training; beside it, too, on accelerators, and
     on a CPU, which then trains, with one to read a stream."""
     workers = workers_before = config.dataloader_num_workers
@@ -260,4 +262,4 @@ def process_of(config: TrainConfig, accelerator: Accelerator) -> Process:
         workers_before = min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16)
         workers = int(config.streaming) if accelerator.device.type == "cpu" else workers_before
     rank, world = accelerator.process_index, accelerator.num_processes
-    return Process(accelerator.device, workers, rank, world, workers_before)
+    return LoaderContext(accelerator.device, workers, rank, world, workers_before)

@@ -19,7 +19,7 @@ from tests.conversion.parity import IMAGES, assert_alike, open_folder, outputs, 
 from tests.fake_hub.hub import Hub
 from vit_simple import ViTSimpleConfig
 from vit_simple.configuration_vit_simple import pair
-from vit_simple.conversion.processors import fitted, for_timm, of_timm
+from vit_simple.conversion.processors import fit_processor, processor_from_timm, processor_to_timm
 from vit_simple.conversion.state_dict import DROPPED
 from vit_simple.convert_checkpoint import convert, main
 
@@ -304,9 +304,9 @@ def test_processors_are_fitted_to_what_the_network_takes(tmp_path):
 def test_what_timm_does_to_images_goes_there_and_back(mode, part):
     cfg = {"mean": [0.1] * 3, "std": [0.2] * 3, "interpolation": "bicubic", "crop_pct": part, "crop_mode": mode}
     config, notes = ViTSimpleConfig(**TINY), []
-    back = for_timm(fitted(of_timm(cfg, (16, 16), notes), config, notes), config)
+    back = processor_to_timm(fit_processor(processor_from_timm(cfg, (16, 16), notes), config, notes), config)
     assert cfg.items() <= back.items() and not notes
-    of_timm(cfg, (16, 32), notes)
+    processor_from_timm(cfg, (16, 32), notes)
     assert bool(notes) == (mode == "center")
 
 
@@ -410,7 +410,7 @@ def test_a_repository_of_the_hub_is_converted(peer, tmp_path):
     card = b"---\nlicense: apache-2.0\n---\n"
     with Hub({}) as hub:
         hub.create("models/meta/dinov2", files | {"README.md": card, "other.bin": b"not wanted"})
-        command = [sys.executable, "-m", "vit_simple.conversion.convert", "meta/dinov2", tmp_path / "out"]
+        command = [sys.executable, "-m", "vit_simple.convert_checkpoint", "meta/dinov2", tmp_path / "out"]
         subprocess.run(command, env=hub.environment(tmp_path / "home"), check=True, cwd=tmp_path)
         assert not any("other.bin" in request.path for request in hub.log)
     assert_alike(

@@ -2,7 +2,7 @@
 
 timm needs torchvision, which this project does not:
 `pip install --target peers --no-deps timm torchvision`, of versions that fit the torch that is installed, then
-`PYTHONPATH=peers python -m pytest tests/test_timm.py`.
+`PYTHONPATH=peers python -m pytest tests/conversion/test_timm.py`.
 """
 
 import functools

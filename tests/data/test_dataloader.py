@@ -5,7 +5,7 @@ import torch
 from datasets import load_dataset
 
 from tests.conftest import DIGITS, data_of, images_of, photographs, processor
-from vit_simple.data.dataloader import equal_sizes, evaluation_keys, fits, training_keys
+from vit_simple.data.dataloader import evaluation_keys, fits_in_cache, have_equal_sizes, training_keys
 from vit_simple.data.decoding import BadImage
 from vit_simple.data.labels import IGNORED
 from vit_simple.data.loading import load_image_data
@@ -52,7 +52,7 @@ def test_kept_pixels_equal_those_decoded_again(monkeypatch, workers):
         images_of(load_image_data(DIGITS, max_train_samples=100), "train", processor(8), (8, 8)) for _ in range(2)
     )
     kept.process.workers_before = workers
-    kept.keep(quiet=True)
+    kept.cache(quiet=True)
     for one, other in zip(read(kept), read(again, workers)):
         assert torch.equal(one, other)
 
@@ -78,7 +78,7 @@ def test_a_crop_shows_the_place_that_it_was_cut_from(tmp_path, monkeypatch, kind
     exif[0x0112] = orientation
     stored = upright.transpose(PIL.Image.Transpose.ROTATE_90) if orientation == 6 else upright.copy()  # on its side
     stored.save(file, kind, exif=exif, **({} if kind == "TIFF" else {"quality": 95}))
-    monkeypatch.setattr("vit_simple.data.decoding.random_crop", lambda *_: (100.0, 300.0, 1100.0, 850.0))
+    monkeypatch.setattr("vit_simple.data.decoding.sample_crop_box", lambda *_: (100.0, 300.0, 1100.0, 850.0))
     pixels, _ = read(images_of(data_of([file], [0]), "train", processor(32), (32, 32), 0.5))
     x, y = (channel.float() / 200 * 1200 for channel in pixels[0, :2])
     assert x.mean(0)[[0, -1]].tolist() == pytest.approx([116, 1084], abs=15)
@@ -88,7 +88,7 @@ def test_a_crop_shows_the_place_that_it_was_cut_from(tmp_path, monkeypatch, kind
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_crop_of_a_jpeg_is_one_of_pillows_pixels(tmp_path, monkeypatch, mode):
     PIL.Image.effect_noise((60, 50), 80).convert(mode).save(tmp_path / "noise.jpg", quality=90)
-    monkeypatch.setattr("vit_simple.data.decoding.random_crop", lambda *_: (10.0, 20.0, 42.0, 36.0))
+    monkeypatch.setattr("vit_simple.data.decoding.sample_crop_box", lambda *_: (10.0, 20.0, 42.0, 36.0))
     images = images_of(data_of([str(tmp_path / "noise.jpg")], [0]), "train", processor(32), (16, 32), 0.5)
     pixels, _ = read(images)
     expected = PIL.Image.open(tmp_path / "noise.jpg").convert("RGB").crop((10, 20, 42, 36))
@@ -96,9 +96,9 @@ def test_a_crop_of_a_jpeg_is_one_of_pillows_pixels(tmp_path, monkeypatch, mode):
 
 
 def test_only_images_of_one_size_are_equal_and_only_small_splits_fit(tmp_path):
-    assert equal_sizes(load_image_data(DIGITS).splits["train"], "image")
-    assert not equal_sizes(data_of(photographs(tmp_path), [0, 1, 0, 1]).splits["train"], "image")
-    assert fits(1_300_000, (3, 32, 32)) and not fits(1_300_000, (3, 224, 224))
+    assert have_equal_sizes(load_image_data(DIGITS).splits["train"], "image")
+    assert not have_equal_sizes(data_of(photographs(tmp_path), [0, 1, 0, 1]).splits["train"], "image")
+    assert fits_in_cache(1_300_000, (3, 32, 32)) and not fits_in_cache(1_300_000, (3, 224, 224))
 
 
 # Keys
@@ -173,7 +173,7 @@ def test_each_kind_of_bad_image_is_named_with_its_reason(tmp_path, crop, workers
         test = images_of(data, "test", processor(16), (16, 16), on_bad_image="skip")
         _, labels = read(test, workers)
         assert labels.tolist() == [0, IGNORED, 0, 1] and len(test.bad) == 1
-        assert sorted(target for _, target in test.few(9)) == [0, 0, 1]
+        assert sorted(target for _, target in test.samples(9)) == [0, 0, 1]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import processor
-from vit_simple.data.decoding import BadImage, Decoder, load_rgb, random_crop, random_resized_crop
+from vit_simple.data.decoding import BadImage, Decoder, load_rgb, random_resized_crop, sample_crop_box
 
 sizes = st.one_of(
     st.tuples(st.integers(1, 70), st.integers(1, 70)), st.sampled_from([(1, 2000), (2000, 1), (3, 900), (900, 3)])
@@ -166,17 +166,17 @@ def test_arrays_of_any_channels_are_taken_or_cropped(channels, area):
 
 def test_a_crop_of_an_array_is_one_of_its_pixels(monkeypatch):
     array = np.random.default_rng(0).integers(0, 256, (4, 30, 40), dtype=np.uint8)
-    monkeypatch.setattr("vit_simple.data.decoding.random_crop", lambda *_: (5.0, 7.0, 25.0, 17.0))
+    monkeypatch.setattr("vit_simple.data.decoding.sample_crop_box", lambda *_: (5.0, 7.0, 25.0, 17.0))
     assert np.array_equal(random_resized_crop(array, (10, 20), 0.5, random.Random(0)), array[:, 7:17, 5:25])
 
 
 def test_a_random_crop_keeps_the_part_and_the_ratio_that_it_should():
     draw, boxes = random.Random(0), []
     for _ in range(500):
-        left, upper, right, lower = random_crop(300, 200, 0.25, draw)
+        left, upper, right, lower = sample_crop_box(300, 200, 0.25, draw)
         assert 0 <= left < right <= 300 and 0 <= upper < lower <= 200
         boxes.append(((right - left) * (lower - upper) / 60000, (right - left) / (lower - upper)))
     areas, ratios = np.array(boxes).T
     assert 0.25 <= areas.min() < 0.3 and 0.8 < areas.max() <= 1
     assert 0.75 - 1e-9 <= ratios.min() < 0.8 and 1.25 < ratios.max() <= 4 / 3 + 1e-9
-    assert random_crop(1000, 10, 0.9, draw) == pytest.approx((493.333, 0, 506.667, 10), abs=1e-3)  # none fits
+    assert sample_crop_box(1000, 10, 0.9, draw) == pytest.approx((493.333, 0, 506.667, 10), abs=1e-3)  # none fits

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, Image, List, Value
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from vit_simple.data.labels import MULTI, SINGLE, Labels, tally
+from vit_simple.data.labels import MULTI, SINGLE, Labels, count_labels
 from vit_simple.train import criterion, main
 
 NETWORK = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
@@ -298,7 +298,7 @@ def test_a_stream_of_classes_and_size_that_the_card_tells_is_not_read_beforehand
     read = []
     monkeypatch.setattr("vit_simple.data.loading.LABEL_BATCH", 5)
     monkeypatch.setattr(
-        "vit_simple.data.loading.tally", lambda values, kind: read.append(tally(values, kind)) or read[-1]
+        "vit_simple.data.loading.count_labels", lambda values, kind: read.append(count_labels(values, kind)) or read[-1]
     )
     folder, result = run(tmp_path, name, *STREAM, "--max_steps", "2")
     assert [part.rows for part in read] == [80]  # to see whether the test split is secret

@@ -12,10 +12,10 @@ from vit_simple.data.labels import (
     REGRESSION,
     SINGLE,
     BadLabel,
+    build_labels,
+    column_kind,
+    count_labels,
     find_label_column,
-    kind_of,
-    labels_of,
-    tally,
 )
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
@@ -23,8 +23,8 @@ INTEGERS = st.integers(-(2**63), 2**63 - 1)
 
 def learned(feature, values) -> tuple:
     """The labels of a column and what was found in it."""
-    found = tally(values, kind_of(feature))
-    labels = labels_of("label", feature, found)
+    found = count_labels(values, column_kind(feature))
+    labels = build_labels("label", feature, found)
     labels.check("train", found)
     labels.count(found)
     return labels, found
@@ -69,7 +69,7 @@ def test_numbers_are_deviations_from_their_mean(thousandths):
     assert (labels.problem_type, labels.class_names, labels.rows) == (REGRESSION, ["label"], len(values))
     assert targets.shape == (len(values), 1) and targets.mean() == pytest.approx(0, abs=1e-5)
     assert targets.std() == pytest.approx(1, abs=1e-5)
-    assert targets[:, 0] * labels.deviation + labels.mean == pytest.approx(np.array(values), abs=1e-5)
+    assert targets[:, 0] * labels.std + labels.mean == pytest.approx(np.array(values), abs=1e-5)
 
 
 def test_lists_of_words_become_classes():
@@ -92,7 +92,9 @@ def test_lists_of_words_become_classes():
 )
 def test_labels_that_are_all_missing_are_secret(feature, train, secret, known):
     labels, _ = learned(feature, train)
-    assert labels.secret(tally(secret, labels.kind)) and not labels.secret(tally(known, labels.kind))
+    assert labels.are_hidden(count_labels(secret, labels.kind)) and not labels.are_hidden(
+        count_labels(known, labels.kind)
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,5 +168,5 @@ def test_balanced_weights_make_classes_count_alike():
 def test_what_does_not_count_is_no_label():
     for feature, values in ((ClassLabel(names=["a", "b"]), [0, 1]), (List(Value("int64")), [[0, 1], [1, 0]])):
         labels, _ = learned(feature, values)
-        blank = labels.blank(3)
+        blank = labels.ignored_targets(3)
         assert len(blank) == 3 and (blank.isnan().all() if blank.is_floating_point() else (blank == IGNORED).all())

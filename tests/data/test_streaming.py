@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import classes, processor
-from vit_simple.data.dataloader import Process
+from vit_simple.data.dataloader import LoaderContext
 from vit_simple.data.decoding import BadImage, Decoder
 from vit_simple.data.labels import IGNORED
 from vit_simple.data.loading import ImageData
-from vit_simple.data.streaming import Stream, shuffled
+from vit_simple.data.streaming import StreamingSplit, shuffled
 
 SQUASHED = processor(2)
 FEATURES = Features({"image": Array3D((1, 2, 2), "uint8"), "label": ClassLabel(names=["a", "b"])})
@@ -31,8 +31,8 @@ def stream_of(shards: list[list[int]], workers=0, rank=0, world=1, buffer_size=4
     stream = IterableDataset.from_generator(rows, FEATURES, gen_kwargs={"shards": shards})
     data = ImageData({split: stream}, "image", classes("a", "b"), {split: sum(map(len, shards))}, (1, 2, 2))
     decode = Decoder(SQUASHED, (1, 2, 2), arrays=True)
-    process = Process(torch.device("cpu"), workers, rank, world)
-    return Stream(data, split, decode, process, buffer_size=buffer_size, **options)
+    process = LoaderContext(torch.device("cpu"), workers, rank, world)
+    return StreamingSplit(data, split, decode, process, buffer_size=buffer_size, **options)
 
 
 def numbers(batches, count=None) -> list[list[int]]:
@@ -96,15 +96,15 @@ def test_a_stream_goes_on_where_it_was(workers):
     batches = first.training(4, 1, 0)
     assert numbers(batches, 7) == whole[:7]
     again = stream_of(SHARDS, workers)
-    assert again.go_on(first.state()) is None
+    assert again.load_state_dict(first.state_dict()) is None
     assert numbers(again.training(4, 1, 7), 23) == whole[7:]
 
 
 def test_another_number_of_readers_is_said_and_begins_a_pass():
     stream = stream_of(SHARDS, workers=3)
-    said = stream.go_on({"0": [4, 7], "1": [5, 1]})
+    said = stream.load_state_dict({"0": [4, 7], "1": [5, 1]})
     assert said.startswith("the stream had 2 decoding processes and now has 3: it goes on with pass 7")
-    assert stream.state() == {"0": [6, 0], "1": [6, 0], "2": [6, 0]}
+    assert stream.state_dict() == {"0": [6, 0], "1": [6, 0], "2": [6, 0]}
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3, 6])

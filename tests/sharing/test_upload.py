@@ -17,10 +17,10 @@ from tests.conftest import DIGITS, environment_without_package, tiny
 from tests.fake_hub.hub import Fault, Hub
 from vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
 from vit_simple.files import ROOT
-from vit_simple.sharing.card import BEGIN, END, build_card, by_hand, interval
-from vit_simple.sharing.upload import prove
+from vit_simple.sharing.card import BEGIN, END, build_card, interval, user_text
 from vit_simple.sharing.upload import push as push_here
-from vit_simple.sharing.verify import check, probe, refuse_secrets
+from vit_simple.sharing.upload import verify_commit
+from vit_simple.sharing.verify import check, fresh_outputs, refuse_secrets
 
 TOKEN = "hf_plantedplantedplantedplanted"
 NAME = "user/digits"
@@ -214,7 +214,7 @@ def test_code_that_is_not_the_installed_one_is_said_and_must_give_the_same(folde
         push_here(folder, NAME, dry_run=True)
     edit(folder, "modeling_vit_simple.py", lambda text: text.replace("import copy", "import no_such_module"))
     with pytest.raises(ValueError, match=r"does not load in a fresh process: .*no_such_module"):
-        probe(str(folder))
+        fresh_outputs(str(folder))
 
 
 def test_without_a_token_or_with_a_wrong_one_nothing_is_changed(hub, folder, tmp_path):
@@ -420,7 +420,7 @@ def test_metadata_by_hand_is_kept_and_results_of_other_data_too(folder):
     found = [result.dataset_type for result in data.eval_results]
     assert found.count("uoft-cs/cifar10") == 1 and found.count("imagefolder") == 3
     theirs = "---\nlicense: mit\n---\nTheir words.\n"
-    assert by_hand(theirs) == "Their words." and by_hand(build_card(folder)) == by_hand("") == ""
+    assert user_text(theirs) == "Their words." and user_text(build_card(folder)) == user_text("") == ""
     assert ModelCard(build_card(folder, base=theirs)).text.strip() == "Their words."
     for broken in (BEGIN, f"{END} {BEGIN}"):
         with pytest.raises(ValueError, match="once, in this order"):
@@ -436,9 +436,9 @@ def test_a_commit_that_does_not_prove_itself_is_an_error_with_the_way_back(hub, 
     with pytest.raises(
         RuntimeError, match=f"{sha} does not give what the folder gives: logits, scores\nto go back: pull"
     ):
-        prove(NAME, sha, "AutoModelForImageClassification", expected, "pull")
+        verify_commit(NAME, sha, "AutoModelForImageClassification", expected, "pull")
     with pytest.raises(RuntimeError, match=r"does not load in a fresh process: .*\nto go back: pull"):
-        prove("user/nowhere", sha, "AutoModelForImageClassification", expected, "pull")
+        verify_commit("user/nowhere", sha, "AutoModelForImageClassification", expected, "pull")
 
 
 def test_a_card_is_made_of_what_there_is(folder, tmp_path):
@@ -465,7 +465,7 @@ def test_a_card_is_made_of_what_there_is(folder, tmp_path):
     shutil.copy(folder / "preprocessor_config.json", tmp_path / "backbone")
     edit(tmp_path / "backbone", "preprocessor_config.json", lambda text: text.replace(": 8", ": 16"))
     assert check(tmp_path / "backbone")[1] == []
-    assert probe(str(tmp_path / "backbone"))["pooler_output"].shape == (2, 32)
+    assert fresh_outputs(str(tmp_path / "backbone"))["pooler_output"].shape == (2, 32)
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 from vit_simple.data.decoding import BadImage
 from vit_simple.data.labels import IGNORED, MULTI, REGRESSION, SINGLE, Labels
-from vit_simple.training.metrics import SCORES, Evaluation, average_precision, class_table, table
+from vit_simple.training.metrics import METRICS_OF, Evaluation, average_precision, class_table, table
 
 
 def scored(problem: str, classes: int, *batches) -> Evaluation:
-    labels = Labels("label", "", [str(number) for number in range(classes)], deviation=2.0)
-    scores = SCORES[problem](labels, torch.device("cpu"))
+    labels = Labels("label", "", [str(number) for number in range(classes)], std=2.0)
+    scores = METRICS_OF[problem](labels, torch.device("cpu"))
     for logits, labels in batches:
-        scores.add(torch.tensor(logits), torch.tensor(labels))
-    return scores.result(Accelerator(cpu=True))
+        scores.update(torch.tensor(logits), torch.tensor(labels))
+    return scores.compute(Accelerator(cpu=True))
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30))

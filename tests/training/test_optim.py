@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny
-from vit_simple.training.optim import AveragedWeights, Muon, build_optimizers, parameter_groups, schedule
+from vit_simple.training.optim import EMA, Muon, build_optimizers, parameter_groups, schedule
 
 EVERY_KIND = {"num_register_tokens": 2, "layerscale_value": 0.1}
 
@@ -97,16 +97,16 @@ def test_muon_steps_as_torchs_does_up_to_its_bfloat16(option):
 def test_averaged_weights_follow_the_weights_and_trade_places_with_them():
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
-    averaged, expected = AveragedWeights(model, decay=0.5), 1.0
+    averaged, expected = EMA(model, decay=0.5), 1.0
     for step in range(20):
         model.weight.data.fill_(step)
         averaged.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    with averaged.in_place():
+    with averaged.applied():
         assert model.weight.item() == pytest.approx(expected) and 17 < expected < 19
     assert model.weight.item() == 19 and averaged.state_dict()["weight"].item() == pytest.approx(expected)
 
-    other = AveragedWeights(model, decay=0.5)
+    other = EMA(model, decay=0.5)
     other.load_state_dict(averaged.state_dict())
     assert torch.equal(other.averages[0], averaged.averages[0]) and model.weight.item() == 19

@@ -4,7 +4,7 @@ import torch
 from tests.conftest import classes, tiny
 from vit_simple.data.processors import open_processor
 from vit_simple.training.config import TrainConfig, parse_config
-from vit_simple.training.setup import build_model_config, build_network, processor_content
+from vit_simple.training.setup import build_model, build_model_config, processor_content
 
 NAMES = ["a", "b", "c"]
 
@@ -35,7 +35,7 @@ def checkpoint(tmp_path):
 
 def test_a_checkpoint_of_the_same_classes_goes_on_with_its_head(checkpoint):
     model, path = checkpoint
-    network = build_network(TrainConfig(model_name_or_path=path, drop_path_rate=0.2), classes(*NAMES))
+    network = build_model(TrainConfig(model_name_or_path=path, drop_path_rate=0.2), classes(*NAMES))
     for (name, one), other in zip(model.named_parameters(), network.parameters()):
         assert torch.equal(one, other), name
     assert network.config.drop_path_rate == 0.2 and network.dtype == torch.float32
@@ -45,7 +45,7 @@ def test_a_checkpoint_of_the_same_classes_goes_on_with_its_head(checkpoint):
 def test_new_classes_get_a_new_head_drawn_by_seed(checkpoint, names):
     model, path = checkpoint
     first, again, other = (
-        build_network(TrainConfig(model_name_or_path=path, seed=seed), classes(*names)) for seed in (0, 0, 1)
+        build_model(TrainConfig(model_name_or_path=path, seed=seed), classes(*names)) for seed in (0, 0, 1)
     )
     assert first.head.weight.shape == (len(names), 32) and first.config.id2label == dict(enumerate(names))
     assert first.config.num_labels == len(names) and torch.equal(first.head.weight, again.head.weight)
@@ -56,18 +56,18 @@ def test_new_classes_get_a_new_head_drawn_by_seed(checkpoint, names):
 def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
     _, path = checkpoint
     with pytest.raises(ValueError, match=r"--eval_only: expected the labels of the checkpoint, \['a', 'b', 'c'\]"):
-        build_network(TrainConfig(model_name_or_path=path, eval_only=True), classes("a", "b"))
+        build_model(TrainConfig(model_name_or_path=path, eval_only=True), classes("a", "b"))
     with pytest.raises(ValueError, match=r"--model_name_or_path: .*nowhere cannot be read"):
-        build_network(TrainConfig(model_name_or_path=str(tmp_path / "nowhere")), classes(*NAMES))
+        build_model(TrainConfig(model_name_or_path=str(tmp_path / "nowhere")), classes(*NAMES))
     with pytest.raises(ValueError, match=r"expected an image processor there: .*preprocessor_config"):
         processor_content(TrainConfig(model_name_or_path=path), (16, 16), cropped=False)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="expected a checkpoint of vit_simple, got one of vit in "):
-        build_network(TrainConfig(model_name_or_path=str(tmp_path)), classes(*NAMES))
+        build_model(TrainConfig(model_name_or_path=str(tmp_path)), classes(*NAMES))
 
 
 def test_a_frozen_backbone_leaves_the_head_alone_to_learn(checkpoint):
-    network = build_network(TrainConfig(model_name_or_path=checkpoint[1], freeze_backbone=True), classes(*NAMES))
+    network = build_model(TrainConfig(model_name_or_path=checkpoint[1], freeze_backbone=True), classes(*NAMES))
     assert [name for name, p in network.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 

@@ -229,7 +229,7 @@ def test_without_a_test_split_the_card_tells_of_the_weights_that_are_saved(tmp_p
 def test_the_better_of_raw_and_averaged_weights_is_saved(tmp_path, monkeypatch, capsys, best):
     """Worse than the last weights are averages that stay where they began; equal to them are those of no decay."""
     if best == "raw":
-        monkeypatch.setattr("vit_simple.training.optim.AveragedWeights.update", lambda *_: None)
+        monkeypatch.setattr("vit_simple.training.optim.EMA.update", lambda *_: None)
     main([*SHORT, "--num_train_epochs", "4", "--ema_decay", "0", "--output_dir", str(tmp_path / "run")])
     rows = [row for row in rows_of(tmp_path / "run") if row["split"] != "train"]
     last = {row["weights"]: row["correct"] for row in rows if row["split"] == "validation" and row["step"] == 20}
