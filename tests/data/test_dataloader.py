@@ -12,7 +12,7 @@ from vit_simple.data.loading import load_image_data
 
 
 def read(images, workers: int = 0, rows=None, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    images.process.workers = workers
+    images.context.num_workers = workers
     rows = list(range(images.size)) if rows is None else rows
     pixels, labels = zip(*images.batches([(epoch, rows[i : i + 3]) for i in range(0, len(rows), 3)]))
     return torch.cat(pixels), torch.cat(labels)
@@ -51,7 +51,7 @@ def test_kept_pixels_equal_those_decoded_again(monkeypatch, workers):
     kept, again = (
         images_of(load_image_data(DIGITS, max_train_samples=100), "train", processor(8), (8, 8)) for _ in range(2)
     )
-    kept.process.workers_before = workers
+    kept.context.cache_workers = workers
     kept.cache(quiet=True)
     for one, other in zip(read(kept), read(again, workers)):
         assert torch.equal(one, other)
