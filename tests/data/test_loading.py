@@ -7,10 +7,9 @@ import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from datasets.utils.stratify import stratified_shuffle_split_generate_indices
 
 from tests.conftest import DIGITS
-from vit_simple.data.loading import load_image_data, raise_user_error, stratified_split
+from vit_simple.data.loading import load_image_data, raise_user_error
 from vit_simple.files import UserError
 
 IMAGES = [np.full((8, 8, 3), value, dtype=np.uint8) for value in range(40)]
@@ -215,21 +214,3 @@ def test_validation_fraction_must_leave_images_to_train_on(tmp_path):
     with pytest.raises(UserError, match=r"--train_val_split: 0\.9 would hold out all of the 4 images"):
         load(str(tmp_path / "prices"), fraction=0.9)
     assert load(str(tmp_path / "prices"), fraction=0.5).sizes == {"train": 2, "validation": 2}
-
-
-@pytest.mark.parametrize("num_classes", [2, 3, 10, 97, 1000])
-def test_stratified_split_equals_that_of_datasets(num_classes):
-    """Runs that were started with the function of `datasets` must resume with the same split."""
-    rng = np.random.default_rng(num_classes)
-    for fraction in (0.1, 0.25, 1 / 3, 0.5, 0.77):
-        targets = np.concatenate([np.arange(num_classes).repeat(2), rng.zipf(1.5, 20 * num_classes) % num_classes])
-        targets = rng.permutation(targets)
-        held_out = int(np.ceil(fraction * len(targets)))
-        if min(held_out, len(targets) - held_out) < num_classes:
-            continue
-        generators = [np.random.default_rng(7) for _ in range(2)]
-        train, validation = stratified_split(targets, held_out, generators[0])
-        expected = next(
-            stratified_shuffle_split_generate_indices(targets, len(targets) - held_out, held_out, generators[1])
-        )
-        assert np.array_equal(train, expected[0]) and np.array_equal(validation, expected[1])
