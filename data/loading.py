@@ -290,8 +290,8 @@ def check_splits(splits: dict, column: str, counts: dict[str, LabelCounts], test
     if test is not None and labels.are_hidden(test):
         del splits["test"]
         counts.pop("test", None)
-    for split, found in counts.items():
-        labels.check(split, found)
+    for split, split_counts in counts.items():
+        labels.check(split, split_counts)
     return labels
 
 
@@ -314,7 +314,7 @@ def check_stream(
         counts = on_main_process(count_splits)
         labels = check_splits(splits, column, counts, counts.get("test"))
         labels.fit(counts["train"])
-        return labels, {split: found.num_rows for split, found in counts.items()}
+        return labels, {split: split_counts.num_rows for split, split_counts in counts.items()}
     sample = None
     if "test" in splits:
         first_labels = itertools.islice(iterate_labels(label_streams["test"], "test"), HIDDEN_LABELS_SAMPLE)

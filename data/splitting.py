@@ -39,7 +39,7 @@ def split_rows(targets: list, labels: Labels, fraction: float, seed: int) -> tup
     if min(held_out, len(targets) - held_out) < len(classes):
         raise UserError(
             f"--train_val_split: {fraction} would hold out {held_out} of {len(targets)} images, too few or too many to "
-            f"have each of the {len(classes)} classes in both parts{hint}"
+            f"have each of the {len(classes)} classes in both splits{hint}"
         )
     return stratified_split(np.asarray(targets), held_out, rng)
 

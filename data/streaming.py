@@ -19,7 +19,7 @@ from .decoding import BadImage
 from .loading import raise_user_error
 
 READ_BATCH_SIZE = 64  # rows read at a time
-ROWS_PER_SHARD = 4096  # at least, on average, if there are more than `max_shards`
+ROWS_PER_SHARD = 4096  # there are more than `max_shards` only if each has at least this many rows
 MAX_IDLE_EPOCHS = 3  # a reader may get an empty shard in one of them
 
 
