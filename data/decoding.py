@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from transformers import BaseImageProcessor
 
+from ..files import UserError
+
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
 MAX_ASPECT_RATIO = 50  # times its short side is what is kept of an image whose middle is cut out
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """A row whose image cannot be decoded, or is too large to be decoded."""
 
 
