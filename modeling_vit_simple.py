@@ -86,11 +86,10 @@ class Mlp(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.fc1(x)
         if self.is_gated:
-            gate, x = x.chunk(2, dim=-1)
+            gate, x = self.fc1(x).chunk(2, dim=-1)
             return self.dropout(self.fc2(self.act(gate) * x))
-        return self.dropout(self.fc2(self.act(x)))
+        return self.dropout(self.fc2(self.act(self.fc1(x))))
 
 
 class LayerScale(nn.Module):
@@ -226,14 +225,13 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if output_attentions and config._attn_implementation != "eager":
-            raise ValueError('output_attentions: load the model with attn_implementation="eager", others compute none')
+            raise ValueError('output_attentions: expected a model loaded with attn_implementation="eager"')
         self.check_pixels(pixel_values, any_size)
 
         x = self.embed(pixel_values.to(self.patch_embed.proj.weight.dtype))  # (B, T, D)
         hidden_states = (x,) if output_hidden_states else None
         attentions = () if output_attentions else None
-        # A head that reads the class token alone needs no other token after the last attention, so that the last block
-        # computes one: 6 % fewer operations. The other tokens are still its keys and values.
+        # A head that reads the class token needs no other token after the last attention: 6 % fewer operations.
         class_token_only = for_head and config.pooling == "cls" and not (output_attentions or output_hidden_states)
         for block in self.blocks:
             x, weights = block(x, 1 if class_token_only and block is self.blocks[-1] else None)
@@ -250,7 +248,8 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,  # read by can_return_tuple
+        *,
+        return_dict: bool | None = None,  # used by can_return_tuple, which sees keywords only
     ) -> BaseModelOutputWithPooling | tuple:
         """Computes `last_hidden_state` (B, T, D), normalized unless `fc_norm`, and `pooler_output` (B, D).
 
@@ -263,11 +262,11 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
         return self._encode(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states)
 
     def check_pixels(self, pixel_values: torch.Tensor, any_size: bool):
-        """Raises ValueError for pixels that cannot work; reads shapes only, so that a compiled graph is free of it."""
+        """Raises ValueError for pixels that cannot work. It reads shapes only, so it costs a compiled model nothing."""
         channels, size, patch = self.config.num_channels, pair(self.config.image_size), pair(self.config.patch_size)
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels or not pixel_values.is_floating_point():
-            expected = f"floating-point pixels of shape (batch, {channels}, height, width), see AutoImageProcessor"
+            expected = f"floating-point pixels of shape (batch, {channels}, height, width) from AutoImageProcessor"
             raise ValueError(f"pixel_values: expected {expected}, got {pixel_values.dtype} of shape {shape}")
         fits = all(side and side % p == 0 for side, p in zip(shape[2:], patch)) if any_size else shape[2:] == size
         if not fits:
@@ -299,7 +298,8 @@ class ViTSimpleForImageClassification(ViTSimpleModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,  # read by can_return_tuple
+        *,
+        return_dict: bool | None = None,  # used by can_return_tuple, which sees keywords only
     ) -> ImageClassifierOutput | tuple:
         """Computes `logits` (B, K) and, given labels, the mean `loss`; the other arguments are the backbone's."""
         features = self._encode(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, True)
