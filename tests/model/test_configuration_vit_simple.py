@@ -10,9 +10,8 @@ from vit_simple.configuration_vit_simple import OWN_FIELDS, label_maps
 
 
 @pytest.mark.parametrize(
-    "variant, millions",  # DeiT, ViT and Scaling ViT (its table has no head) give the same to the digits shown
+    "variant, millions",  # as in DeiT, ViT and Scaling ViT (its table has no head), to the digits that they show
     [
-        ("notebook/16", 0.55),
         ("Ti/16", 5.72),
         ("S/16", 22.05),
         ("B/16", 86.57),
@@ -30,6 +29,12 @@ def test_variant_has_the_published_number_of_parameters(variant, millions):
 def test_variant_accepts_any_patch_size_and_further_fields():
     config = ViTSimpleConfig.from_variant("S/8", image_size=64, num_labels=7, pooling="mean")
     assert (config.hidden_size, config.patch_size, config.grid_size, config.num_labels) == (384, 8, (8, 8), 7)
+
+
+def test_variant_of_the_notebook_has_its_sizes():
+    config = ViTSimpleConfig.from_variant("notebook/16")
+    sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
+    assert sizes == (128, 3, 4, 128)
 
 
 @pytest.mark.parametrize("variant", ["XL/16", "S", "S/", "S/x", "16", "", None, 16])
