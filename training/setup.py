@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig
+from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, label_maps
 from ..data.dataloader import LoaderContext, MapStyleSplit, fits_in_cache, have_equal_sizes, seed_for
 from ..data.decoding import Decoder
 from ..data.labels import REGRESSION, SINGLE, Labels
@@ -86,8 +86,7 @@ def check_batch_size(config: TrainConfig, images: int, processes: int):
 def label_fields(labels: Labels) -> dict:
     """The labels as a config has them: names in the order of the outputs, and what kind of problem it is."""
     return {
-        "id2label": dict(enumerate(labels.class_names)),
-        "label2id": {name: index for index, name in enumerate(labels.class_names)},
+        **label_maps(labels.class_names),
         "problem_type": None if labels.problem_type == SINGLE else labels.problem_type,
     }
 
