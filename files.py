@@ -1,11 +1,20 @@
-"""A run's folder: the names of its files, and how they are written and read. Imports nothing of this package."""
+"""The files of a run's folder, how they are written and read, and how a command ends when something fails.
 
+Imports nothing of this package.
+"""
+
+import contextlib
 import json
 import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
 ROOT = Path(__file__).parent
 CODE = ("configuration_vit_simple.py", "modeling_vit_simple.py")
@@ -13,8 +22,54 @@ RECORD = "provenance.json"
 INHERITED = ("base_model", "license", "license_name", "license_link")
 
 
+NETWORK_ERRORS = HfHubHTTPError.__bases__  # the errors of the HTTP library, and OSError
+
+
 class UserError(ValueError):
-    """A mistake of the user: commands print it in one line and end with exit status 2."""
+    """A mistake of the user, such as a wrong option or a damaged file: one line, exit status 2."""
+
+
+class RunError(RuntimeError):
+    """A failure that is neither the user's mistake nor a bug, such as a full disk: one line, exit status 1."""
+
+
+@contextlib.contextmanager
+def command_errors(program: str, advice: Callable[[], str] | None = None):
+    """Ends a command with a message and an exit status if an exception leaves this context.
+
+    A mistake of the user (UserError) prints one line, with exit status 2. A failure of the machine (RunError, OSError,
+    out of memory, the network) prints one line, with exit status 1. Anything else is a bug: its traceback comes before
+    the line, with exit status 1.
+
+    Args:
+        program: the command's name, with which the line begins.
+        advice: returns how to go on after a failure; it ends the line, unless the user made a mistake.
+
+    Raises:
+        SystemExit: with the line as its text.
+    """
+    try:
+        yield
+    except Exception as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(3)  # if the main process fails, too, torchrun ends this one: a common mistake is printed once
+        is_mistake = isinstance(error, UserError)
+        if not is_mistake and not is_machine_failure(error):
+            traceback.print_exception(error)
+        line = f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}"
+        if advice is not None and not is_mistake:
+            line += f"; {advice()}"
+        print(line, file=sys.stderr)
+        stop = SystemExit(line)
+        stop.code = 2 if is_mistake else 1
+        raise stop from error
+
+
+def is_machine_failure(error: Exception) -> bool:
+    out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)  # torch's words
+    return isinstance(error, (RunError, MemoryError, *NETWORK_ERRORS)) or (
+        isinstance(error, RuntimeError) and out_of_memory
+    )
 
 
 def write_atomically(path: Path, text: str):
