@@ -43,7 +43,7 @@ def command_errors(program: str, advice: Callable[[], str] | None = None):
 
     Args:
         program: the command's name, with which the line begins.
-        advice: returns how to go on after a failure; it ends the line, unless the user made a mistake.
+        advice: returns what to do next, such as the command that continues a run; it ends the line.
 
     Raises:
         SystemExit: with the line as its text.
@@ -57,7 +57,7 @@ def command_errors(program: str, advice: Callable[[], str] | None = None):
         if not is_mistake and not is_machine_failure(error):
             traceback.print_exception(error)
         line = f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}"
-        if advice is not None and not is_mistake:
+        if advice is not None:
             line += f"; {advice()}"
         print(line, file=sys.stderr)
         stop = SystemExit(line)
@@ -73,50 +73,55 @@ def is_machine_failure(error: Exception) -> bool:
 
 
 def write_atomically(path: Path, text: str):
-    """Writes a file aside and puts it in its place, so that it is never there in part."""
-    aside = path.with_name(f".{path.name}")
-    with open(aside, "w", encoding="utf-8") as file:
+    """Writes a text file under another name and renames it, so that a kill never leaves half of it."""
+    unfinished = path.with_name(f".{path.name}")
+    with open(unfinished, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    unfinished.replace(path)
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file, {} where there is none.
+    """The object in a JSON file, {} if there is no such file.
 
     Raises:
-        ValueError: it is no JSON.
+        UserError: it is not a JSON object.
     """
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
+        raise UserError(f"{path}: expected JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, none where there is no such file."""
+    """The lines of metrics.jsonl, none if there is no such file.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
     file = folder / "metrics.jsonl"
     try:
         return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     except ValueError as error:
-        raise ValueError(f"{file}: expected a JSON object in each line: {error}") from error
+        raise UserError(f"{file}: expected a JSON object in each line: {error}") from error
 
 
 def open_card(text: str, file: str) -> ModelCard:
+    """Parses a model card. Raises UserError, with the name of the file, if its metadata is not YAML."""
     try:
         return ModelCard(text, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: expected a card of the Hub: {error}") from error
+        raise UserError(f"{file}: expected a model card: {error}") from error
 
 
 def inherited(folder: Path) -> dict:
-    """Licence and base model, as the card of a folder names them."""
+    """License and base model in the card of a folder."""
     file = folder / "README.md"
     if not file.exists():
         return {}
@@ -125,4 +130,5 @@ def inherited(folder: Path) -> dict:
 
 
 def has_head(config: dict) -> bool:
+    """Whether a config.json describes a classifier, not only a backbone."""
     return config.get("architectures") == ["ViTSimpleForImageClassification"]

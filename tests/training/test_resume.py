@@ -1,4 +1,4 @@
-"""A run that was killed or stopped goes on as if nothing had happened: `pytest tests/training/test_resume.py --kills 20`."""
+"""A run that was killed or stopped resumes to the same bits: `pytest tests/training/test_resume.py --kills 20`."""
 
 import json
 import math
