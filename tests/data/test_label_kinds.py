@@ -13,7 +13,7 @@ from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, Image, Lis
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from vit_simple.data.labels import MULTI, SINGLE, Labels, count_labels
-from vit_simple.train import criterion, main
+from vit_simple.train import loss_function, main
 
 NETWORK = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
 RUN = ["--model", NETWORK, "--max_steps", "60", "--per_device_train_batch_size", "16", "--learning_rate", "0.02"]
@@ -113,7 +113,9 @@ def test_what_was_learned_for_other_labels_gets_a_new_head(tmp_path):
     vectors = save(tmp_path / "vectors", pictures, present.tolist(), label=List(Value("int8")))
     folder, _ = run(tmp_path, classes)
     options = ["--model_name_or_path", folder, "--max_steps", "2", "--dataset_name", vectors]
-    with pytest.raises(SystemExit, match=r"--eval_only: expected the labels of the checkpoint, .* for single_label"):
+    with pytest.raises(
+        SystemExit, match=r"--eval_only: expected a dataset with the labels of the checkpoint, .*single_label"
+    ):
         main([*options, "--eval_only"])
     main([*options, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "tuned")])
     assert json.loads((tmp_path / "tuned/config.json").read_text())["problem_type"] == MULTI
@@ -122,9 +124,13 @@ def test_what_was_learned_for_other_labels_gets_a_new_head(tmp_path):
 @pytest.mark.parametrize(
     "label, options, message",
     [
-        (List(Value("int8")), ["--label_smoothing_factor", "0.1"], "expected 0 for multi_label_classification"),
-        (Value("float32"), ["--class_weights", "balanced"], "--class_weights: expected none for a regression"),
-        (Value("float32"), ["--streaming", "--max_train_samples", "5"], "expected neither beside --streaming"),
+        (
+            List(Value("int8")),
+            ["--label_smoothing_factor", "0.1"],
+            "--label_smoothing_factor needs one class per image",
+        ),
+        (Value("float32"), ["--class_weights", "balanced"], "--class_weights needs classes"),
+        (Value("float32"), ["--streaming", "--max_train_samples", "5"], "cannot be combined with --streaming"),
     ],
 )
 def test_options_that_labels_have_no_use_for_are_refused(tmp_path, label, options, message):
@@ -139,10 +145,10 @@ def test_balanced_classes_weigh_the_same_in_the_loss():
     logits, targets = torch.randn(4, 2), F.one_hot(torch.tensor([0, 0, 0, 1]), 2).float()
     each = F.cross_entropy(logits, targets, reduction="none")
     expected = (each[:3].mean() + each[3]) / 2
-    assert labels.problem_type == SINGLE and criterion(labels, labels.weights())(logits, targets) == pytest.approx(
+    assert labels.problem_type == SINGLE and loss_function(labels, labels.weights())(logits, targets) == pytest.approx(
         expected.item()
     )
-    assert criterion(labels, None)(logits, targets) == pytest.approx(each.mean().item())
+    assert loss_function(labels, None)(logits, targets) == pytest.approx(each.mean().item())
 
 
 # Pictures
@@ -235,9 +241,9 @@ def test_a_missing_array_is_a_bad_image(tmp_path, streaming):
             r"expected uint8 arrays of a .*, got float32 of shape \(4, 8, 8\)",
         ),
         (Array3D((4, 8, 8), "uint8"), ["--randaugment_num_ops", "1"], "expected 0 for images of 4 channels"),
-        (Array3D((4, 8, 8), "uint8"), ["--crop_pct", "0.9"], "--crop_pct: expected none for arrays"),
+        (Array3D((4, 8, 8), "uint8"), ["--crop_pct", "0.9"], "--crop_pct cannot be combined with arrays"),
         (Array3D((4, 12, 8), "uint8"), [], r"--image_size: expected \(12, 8\), the size of the arrays, got \(8, 8\)"),
-        (Array3D((4, 8, 8), "uint8"), ["--model", "{num_channels: 3}"], "expected num_channels 4, as the arrays have"),
+        (Array3D((4, 8, 8), "uint8"), ["--model", "{num_channels: 3}"], "expected num_channels 4, as in the arrays"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(tmp_path, feature, options, message):
