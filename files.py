@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent
 CODE = ("configuration_vit_simple.py", "modeling_vit_simple.py")
 RECORD = "provenance.json"
 INHERITED = ("base_model", "license", "license_name", "license_link")
-
+PREPROCESSOR = "preprocessor_config.json"
+SAFETENSORS = ("model.safetensors", "model-?????-of-?????.safetensors")  # glob patterns: one file, or shards
 
 NETWORK_ERRORS = HfHubHTTPError.__bases__  # the errors of the HTTP library, and OSError
 
@@ -73,7 +74,7 @@ def is_machine_failure(error: Exception) -> bool:
 
 
 def write_atomically(path: Path, text: str):
-    """Writes a text file under another name and renames it, so that a kill never leaves half of it."""
+    """Writes a file under another name and then renames it, so that it never exists half-written."""
     unfinished = path.with_name(f".{path.name}")
     with open(unfinished, "w", encoding="utf-8") as file:
         file.write(text)
@@ -86,7 +87,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file, {} if there is no such file.
 
     Raises:
-        UserError: it is not a JSON object.
+        UserError: the file does not hold a JSON object.
     """
     if not path.exists():
         return {}
@@ -100,7 +101,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, none if there is no such file.
+    """The lines of metrics.jsonl, [] if there is no such file.
 
     Raises:
         UserError: a line is not JSON.
@@ -113,15 +114,19 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def open_card(text: str, file: str) -> ModelCard:
-    """Parses a model card. Raises UserError, with the name of the file, if its metadata is not YAML."""
+    """The model card in a text; `file` names it in errors.
+
+    Raises:
+        UserError: its metadata is damaged.
+    """
     try:
         return ModelCard(text, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: expected a model card: {error}") from error
+        raise UserError(f"{file}: expected a model card with YAML metadata: {error}") from error
 
 
 def inherited(folder: Path) -> dict:
-    """License and base model in the card of a folder."""
+    """License and base model, as the model card of a folder states them."""
     file = folder / "README.md"
     if not file.exists():
         return {}
@@ -130,5 +135,4 @@ def inherited(folder: Path) -> dict:
 
 
 def has_head(config: dict) -> bool:
-    """Whether a config.json describes a classifier, not only a backbone."""
     return config.get("architectures") == ["ViTSimpleForImageClassification"]

@@ -63,7 +63,7 @@ def evaluate(
     return metrics.compute(accelerator)
 
 
-def loss_function(
+def criterion(
     labels: Labels, class_weights: torch.Tensor | None
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The mean loss of logits (B, K) and targets (B, K)."""
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None):
     steps_per_epoch = splits["train"].size // (batch_size * accumulation * accelerator.num_processes)
     total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
     eval_steps = config.eval_steps or steps_per_epoch
-    loss_of = loss_function(data.labels, data.labels.weights().to(accelerator.device) if config.class_weights else None)
+    loss_fn = criterion(data.labels, data.labels.weights().to(accelerator.device) if config.class_weights else None)
     use_bf16 = mixed_precision_of(config) == "bf16"
     muon_lr = config.muon_learning_rate if config.optim == "muon" else None
     optimizers = build_optimizers(raw_model, config.learning_rate, config.weight_decay, config.layer_decay, muon_lr)
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None):
                 with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
                     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=use_bf16):
                         logits = model(x).logits
-                    loss = loss_of(logits.float(), targets) / accumulation
+                    loss = loss_fn(logits.float(), targets) / accumulation
                     accelerator.backward(loss)
                 meter.add(loss.detach())
             gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)

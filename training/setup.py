@@ -148,8 +148,8 @@ def fit_head(model: ViTSimpleForImageClassification, labels: Labels, eval_only: 
     if class_names != labels.class_names or problem != labels.problem_type:
         if eval_only:
             raise UserError(
-                f"--eval_only: expected a dataset with the labels of the checkpoint, {class_names} ({problem}), "
-                f"got {labels.class_names} ({labels.problem_type})"
+                f"--eval_only: expected the labels of the checkpoint, {class_names} for {problem}, "
+                f"got {labels.class_names} for {labels.problem_type}"
             )
         model.config.update(label_fields(labels))
         model.head = torch.nn.Linear(model.head.in_features, len(labels.class_names))

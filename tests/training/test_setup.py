@@ -56,9 +56,7 @@ def test_checkpoint_of_other_classes_gets_a_head_drawn_by_seed(checkpoint, names
 
 def test_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
     _, path = checkpoint
-    with pytest.raises(
-        UserError, match=r"--eval_only: expected a dataset with the labels of the checkpoint, \['a', 'b', 'c'\]"
-    ):
+    with pytest.raises(UserError, match=r"--eval_only: expected the labels of the checkpoint, \['a', 'b', 'c'\]"):
         build_model(TrainConfig(model_name_or_path=path, eval_only=True), classes("a", "b"))
     with pytest.raises(UserError, match=r"--model_name_or_path: .*nowhere cannot be read"):
         build_model(TrainConfig(model_name_or_path=str(tmp_path / "nowhere")), classes(*NAMES))
