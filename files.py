@@ -53,7 +53,7 @@ def command_errors(program: str, advice: Callable[[], str] | None = None):
         yield
     except Exception as error:
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(3)  # if the main process fails, too, torchrun ends this one: a common mistake is printed once
+            time.sleep(5)  # if the main process fails, too, torchrun ends this one: a common mistake is printed once
         is_mistake = isinstance(error, UserError)
         if not is_mistake and not is_machine_failure(error):
             traceback.print_exception(error)

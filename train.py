@@ -1,6 +1,6 @@
 """Trains ViTSimple on an image dataset, from scratch or from a checkpoint, on one device or several.
 
-python train.py                                    # recipes/digits.yaml, which says what it reaches
+python train.py                                    # the digits recipe
 python train.py recipes/cifar10.yaml --seed 1
 python train.py --dataset_name path/to/images --model_name_or_path outputs/digits
 torchrun --nproc_per_node 8 train.py recipes/imagenet_s16.yaml
