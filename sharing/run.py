@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from ..data.loading import ImageData
-from ..files import NETWORK_ERRORS, ROOT, UserError, inherited
+from ..files import NETWORK_ERRORS, ROOT, RunError, UserError, inherited
 from ..training.config import TrainConfig
 from .record import record
 from .upload import push, with_retries
@@ -66,5 +66,5 @@ def share_or_warn(config: TrainConfig, folder: Path, title: str) -> str | None:
     """Pushes the folder during training; returns the reason if that fails, because the next push may succeed."""
     try:
         share(config, folder, title)
-    except (ValueError, RuntimeError, *NETWORK_ERRORS) as error:
+    except (UserError, RunError, *NETWORK_ERRORS) as error:
         return f"{title} cannot be pushed: {error}"

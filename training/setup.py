@@ -94,7 +94,7 @@ def build_model_config(config: TrainConfig, labels: Labels, channels: int = 3) -
             return ViTSimpleConfig(**fields)
         return ViTSimpleConfig.from_variant(variant, image_size=config.image_size or 224, **fields)
     except ValueError as error:
-        raise UserError(f"--{'variant' if config.model is None else 'model'}: {error}") from error
+        raise UserError(str(error)) from error  # it begins with the name of the field
 
 
 def build_model(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSimpleForImageClassification:
