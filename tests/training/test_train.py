@@ -218,7 +218,7 @@ def test_card_without_test_split_describes_the_saved_weights(tmp_path):
     last = [row for row in read_metrics(tmp_path / "run") if row["split"] == "validation"][-3:]
     assert last[0]["weights"] == last[2]["weights"] == "raw" and last[0]["correct"] == last[2]["correct"]
     assert last[1]["correct"] < last[2]["correct"]
-    assert f"{last[2]['correct']} of them right:" in (tmp_path / "run/README.md").read_text()
+    assert f"({last[2]['correct']} correct)" in (tmp_path / "run/README.md").read_text()
 
 
 @pytest.mark.parametrize("best", ["raw", "ema"])
