@@ -122,9 +122,9 @@ def test_fine_tuning_for_other_labels_replaces_the_head(tmp_path):
 @pytest.mark.parametrize(
     "label, options, message",
     [
-        (List(Value("int8")), ["--label_smoothing_factor", "0.1"], "expected 0 for multi_label_classification"),
-        (Value("float32"), ["--class_weights", "balanced"], "--class_weights: expected none for a regression"),
-        (Value("float32"), ["--streaming", "--max_train_samples", "5"], "expected neither beside --streaming"),
+        (List(Value("int8")), ["--label_smoothing_factor", "0.1"], "needs one class per image"),
+        (Value("float32"), ["--class_weights", "balanced"], "--class_weights needs classes"),
+        (Value("float32"), ["--streaming", "--max_train_samples", "5"], "cannot be combined with --streaming"),
     ],
 )
 def test_options_that_do_not_suit_the_labels_raise(tmp_path, label, options, message):
@@ -233,9 +233,9 @@ def test_missing_array_is_a_bad_image(tmp_path, streaming):
             r"expected uint8 arrays of a .*, got float32 of shape \(4, 8, 8\)",
         ),
         (Array3D((4, 8, 8), "uint8"), ["--randaugment_num_ops", "1"], "expected 0 for images of 4 channels"),
-        (Array3D((4, 8, 8), "uint8"), ["--crop_pct", "0.9"], "--crop_pct: expected none for arrays"),
+        (Array3D((4, 8, 8), "uint8"), ["--crop_pct", "0.9"], "--crop_pct cannot be combined with arrays"),
         (Array3D((4, 12, 8), "uint8"), [], r"--image_size: expected \(12, 8\), the size of the arrays, got \(8, 8\)"),
-        (Array3D((4, 8, 8), "uint8"), ["--model", "{num_channels: 3}"], "expected num_channels 4, as the arrays have"),
+        (Array3D((4, 8, 8), "uint8"), ["--model", "{num_channels: 3}"], "expected num_channels 4, as in the arrays"),
     ],
 )
 def test_arrays_that_do_not_fit_raise(tmp_path, feature, options, message):
