@@ -16,7 +16,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from tests.conftest import environment_without_package
 from vit_simple.files import ROOT
 
-pytestmark = pytest.mark.slow
 NAMES = {"id2label": {0: "even", 1: "odd"}, "label2id": {"even": 0, "odd": 1}}
 
 
