@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="data/digits", help="dataset with the columns image and label")
     parser.add_argument("--output_dir", default="outputs/fine-tuned")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16, for a GPU")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16; needs a GPU")
     return parser.parse_args()
 
 

@@ -83,7 +83,7 @@ def test_lora_adapter_loads_and_merges_without_the_package(run_folder, parity, e
 
 
 def test_trainer_example_saves_a_checkpoint_that_loads_in_one_line(run_folder, parity, tmp_path):
-    options = ["--model", run_folder, "--dataset", parity, "--epochs", "4", "--bf16"]
+    options = ["--model", run_folder, "--dataset", parity, "--epochs", "4"]
     run(sys.executable, "fine_tune_trainer", tmp_path, *options)
     model, processor = load(tmp_path / "outputs/fine-tuned")
     assert model.config.id2label == NAMES["id2label"] and accuracy(model, processor, parity) > 0.7
