@@ -1,14 +1,19 @@
 """Training with transformers' Trainer."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from tests.conftest import environment_without_package, run_python, tiny
+from tests.conftest import tiny
 from vit_simple.data.augment import Augment
 from vit_simple.data.collator import TrainerCollator, mark_for_augmentation
 from vit_simple.files import ROOT
@@ -85,13 +90,26 @@ def test_collator_augments_training_rows_and_evaluates_as_train_py_did(run_folde
     )
 
 
-def test_trainer_fine_tunes_remote_code_whole_with_lora_and_as_a_probe(run_folder, tmp_path):
-    python = environment_without_package(tmp_path / "environment")
-    digits, programs = ROOT / "data/digits", Path(__file__).parent / "programs"
-    fine_tune, load_fine_tuned = ((programs / name).read_text() for name in ("fine_tune.py", "load_fine_tuned.py"))
-    results = json.loads(run_python(python, tmp_path / "work", fine_tune, run_folder, digits).splitlines()[-1])
-    assert min(results["whole"], results["lora"]) > 0.7 and results["probe"] > 0.6 > 0.55 > results["start"], results
-    assert results["whole"] == results["best"] and results["resumed"] == 0 and results["merged"] < 1e-4
-    assert results["changed"] == ["head.weight", "head.bias"]
-    assert (tmp_path / "work/whole/modeling_vit_simple.py").exists()
-    run_python(python, tmp_path / "again", load_fine_tuned, run_folder, tmp_path / "work", digits)
+class StopAfterOneEpoch(TrainerCallback):
+    def on_epoch_end(self, arguments, state, control, **others):
+        control.should_training_stop = state.epoch >= 1
+
+
+def test_trainer_resumes_a_stopped_run_with_the_same_weights(tmp_path):
+    def trainer(name: str, *callbacks) -> Trainer:
+        options = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "save_strategy": "epoch", "bf16": True}
+        return Trainer(
+            tiny(num_labels=3),
+            arguments(tmp_path / name, gradient_checkpointing=True, use_cpu=True, **options),
+            train_dataset=ROWS,
+            callbacks=list(callbacks),
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    trainer("parts", StopAfterOneEpoch()).train()
+    parts = trainer("parts")
+    parts.train(resume_from_checkpoint=True)
+    assert parts.state.global_step == whole.state.global_step == 8
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(parts.model.state_dict()[name], tensor), name
