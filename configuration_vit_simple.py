@@ -42,6 +42,9 @@ OTHER_NAMES = {
     "init_values": "layerscale_value",
 }
 
+# The names under which a config.json can choose how attention is computed.
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
 
 class ViTSimpleConfig(PretrainedConfig):
     r"""Everything that shapes a ViTSimple network (ViT: Dosovitskiy et al., arXiv:2010.11929, section 3.1).
@@ -126,7 +129,12 @@ class ViTSimpleConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """As transformers' own, with `kwargs` that override fields; a near miss of a field is refused here, too."""
         refuse_near_misses(kwargs)
+        refuse_kernels(config_dict)  # of the file; `kwargs` are the caller's
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file) -> "ViTSimpleConfig":
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "ViTSimpleConfig":
@@ -249,3 +257,24 @@ def refuse_near_misses(keywords: dict):
         near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, OWN_FIELDS, 1, cutoff=0.75)), None)
         if near and key not in OWN_FIELDS:
             raise ValueError(f"ViTSimpleConfig has no field {key!r}: did you mean {near!r}?")
+
+
+def refuse_kernels(content, key: str | None = None):
+    """Refuses the content of a config.json that names a repository of attention kernels, at any depth.
+
+    Some versions of transformers download such kernels and run them without `trust_remote_code` (CVE-2026-4372).
+
+    Raises:
+        ValueError: names the key and the repository.
+    """
+    if isinstance(content, dict):
+        for name, value in content.items():
+            refuse_kernels(value, name if name in ATTENTION_KEYS else key)
+    elif isinstance(content, list):
+        for value in content:
+            refuse_kernels(value, key)
+    elif key is not None and isinstance(content, str) and "/" in content:
+        raise ValueError(
+            f"config.json: expected no repository of kernels in {key!r}, got {content!r}: its code would run here. "
+            "Remove the key from the file; to use a kernel that you trust, pass attn_implementation yourself"
+        )
