@@ -16,8 +16,9 @@ from vit_simple.data.labels import MULTI, SINGLE, Labels, count_labels
 from vit_simple.train import criterion, main
 
 NETWORK = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
-RUN = ["--model", NETWORK, "--max_steps", "60", "--per_device_train_batch_size", "16", "--learning_rate", "0.02"]
-RUN += ["--horizontal_flip", "0", "--lr_scheduler_type", "linear", "--eval_steps", "30"]
+# Slow and long enough that every seed learns each of the tasks below with room to spare: 0.01 fails on some.
+RUN = ["--model", NETWORK, "--max_steps", "150", "--per_device_train_batch_size", "16", "--learning_rate", "0.005"]
+RUN += ["--horizontal_flip", "0", "--lr_scheduler_type", "linear", "--eval_steps", "75"]
 COUNT = 80
 STREAM = ["--streaming", "--random_resized_crop", "0"]
 
@@ -76,12 +77,15 @@ def test_several_labels_train_and_are_predicted_by_a_sigmoid(tmp_path, capsys, f
 
 def test_a_number_is_learned_in_any_unit_and_predicted_as_it_is(tmp_path, capsys):
     draw = np.random.default_rng(0)
-    shades = draw.integers(0, 230, COUNT)
-    pictures = (shades[:, None, None, None] + draw.integers(0, 20, (COUNT, 8, 8, 3))).astype(np.uint8)
-    prices = 1000 * shades + 500_000.0
+    red = draw.integers(0, 230, COUNT)
+    colors = np.stack([red, 230 - red, np.full(COUNT, 115)], -1)
+    pictures = (colors[:, None, None] + draw.integers(0, 20, (COUNT, 8, 8, 3))).astype(np.uint8)
+    prices = 1000 * red + 500_000.0
     name = save(tmp_path / "set", pictures, prices.tolist(), label=Value("float64"))
-    folder, result = run(tmp_path, name, "--ema_decay", "0.5", "--max_steps", "150")
-    assert result["mae"] < 30_000 and result["r2"] > 0.6 and result["count"] == 8 and "R2" in capsys.readouterr().out
+    folder, result = run(tmp_path, name, "--ema_decay", "0.5", "--max_steps", "200", "--learning_rate", "0.003")
+    guess = np.abs(prices[72:] - prices[:64].mean()).mean()  # the error of the mean of the training labels
+    assert result["mae"] < guess / 2 and result["r2"] > 0.6 and result["count"] == 8
+    assert "R2" in capsys.readouterr().out
     predict = pipeline("image-classification", model=folder, function_to_apply="none")
     errors = [predict(PIL.Image.fromarray(x))[0]["score"] - y for x, y in zip(pictures[72:], prices[72:])]
     assert np.abs(errors).mean() == pytest.approx(result["mae"], rel=1e-4)
@@ -185,7 +189,7 @@ def every_kind_of_picture(folder) -> dict[str, str]:
 )
 def test_every_kind_of_picture_trains_is_evaluated_and_predicted(tmp_path, capsys, options):
     found = every_kind_of_picture(tmp_path / "pictures")
-    folder, result = run(tmp_path, str(tmp_path / "pictures"), "--train_val_split", "0", "--max_steps", "30", *options)
+    folder, result = run(tmp_path, str(tmp_path / "pictures"), "--train_val_split", "0", *options)
     assert (result["correct"], result["count"]) == (22, 22)
     main(["--eval_only", "--model_name_or_path", folder, "--dataset_name", str(tmp_path / "pictures")])
     assert "22 of 22 right" in capsys.readouterr().out
