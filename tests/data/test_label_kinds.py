@@ -82,9 +82,9 @@ def test_a_number_is_learned_in_any_unit_and_predicted_as_it_is(tmp_path, capsys
     pictures = (colors[:, None, None] + draw.integers(0, 20, (COUNT, 8, 8, 3))).astype(np.uint8)
     prices = 1000 * red + 500_000.0
     name = save(tmp_path / "set", pictures, prices.tolist(), label=Value("float64"))
-    folder, result = run(tmp_path, name, "--ema_decay", "0.5", "--max_steps", "200", "--learning_rate", "0.003")
+    folder, result = run(tmp_path, name, "--ema_decay", "0.5", "--max_steps", "200", "--learning_rate", "0.002")
     guess = np.abs(prices[72:] - prices[:64].mean()).mean()  # the error of the mean of the training labels
-    assert result["mae"] < guess / 2 and result["r2"] > 0.6 and result["count"] == 8
+    assert result["mae"] < guess / 3 and result["r2"] > 0.8 and result["count"] == 8
     assert "R2" in capsys.readouterr().out
     predict = pipeline("image-classification", model=folder, function_to_apply="none")
     errors = [predict(PIL.Image.fromarray(x))[0]["score"] - y for x, y in zip(pictures[72:], prices[72:])]
