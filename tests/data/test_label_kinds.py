@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -88,16 +89,17 @@ def test_a_number_is_learned_in_any_unit_and_predicted_as_it_is(tmp_path, capsys
     assert "R2" in capsys.readouterr().out
     predict = pipeline("image-classification", model=folder, function_to_apply="none")
     errors = [predict(PIL.Image.fromarray(x))[0]["score"] - y for x, y in zip(pictures[72:], prices[72:])]
-    assert np.abs(errors).mean() == pytest.approx(result["mae"], rel=1e-4)
+    assert np.abs(errors).mean() == pytest.approx(result["mae"], rel=1e-3)
     assert predict.model.config.problem_type == "regression" and predict.model.config.id2label == {0: "label"}
     options = ["--dataset_name", name, "--model_name_or_path", folder]
     main([*options, "--eval_only"])
-    assert f"{result['mae']:.4g}" in capsys.readouterr().out
+    (row,) = re.findall("^  test +(.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert float(row.split()[0]) == pytest.approx(result["mae"], rel=1e-3)
     tuned = tmp_path / "tuned"  # which goes on from there: a step of no length changes nothing
     still = ["--max_steps", "1", "--learning_rate", "0", "--per_device_train_batch_size", "8"]
     main([*options, *still, "--output_dir", str(tuned)])
     again = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])
-    assert again["mae"] == pytest.approx(result["mae"], rel=1e-4)
+    assert again["mae"] == pytest.approx(result["mae"], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind, streaming", [("int64", STREAM), ("string", [])])
