@@ -129,12 +129,12 @@ class Stop(TrainerCallback):
     def on_epoch_end(self, arguments, state, control, **others):
         control.should_training_stop = state.epoch >= 1
 
-whole = trainer(open_model(), "whole", 2e-3, **best)
+whole = trainer(open_model(), "whole", 5e-4, **best)
 whole.train()
-parts = trainer(open_model(), "parts", 2e-3, **best)
+parts = trainer(open_model(), "parts", 5e-4, **best)
 parts.add_callback(Stop())
 parts.train()
-parts = trainer(open_model(), "parts", 2e-3, **best)
+parts = trainer(open_model(), "parts", 5e-4, **best)
 parts.train(resume_from_checkpoint=True)
 said["whole"] = accuracy(whole.model)
 said["best"] = max(row.get("eval_accuracy", 0) for row in whole.state.log_history)
