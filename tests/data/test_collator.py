@@ -91,7 +91,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 folder, adapter, every_digit = sys.argv[1], "adapter", load_dataset(sys.argv[2])
-digits = every_digit.filter(lambda label: label < 2, input_columns="label")  # which any seed tells apart
+digits = every_digit.filter(lambda label: label < 2, input_columns="label")  # easy, whatever the seed
 processor = AutoImageProcessor.from_pretrained(folder)
 names = {"id2label": {0: "even", 1: "odd"}, "label2id": {"even": 0, "odd": 1}}
 
@@ -109,8 +109,7 @@ def trainer(model, work, rate, **options):
         remove_unused_columns=False, label_names=["labels"], report_to="none", disable_tqdm=True, **options,
     )
     return Trainer(
-        model, arguments, data_collator=collate, train_dataset=digits["train"],
-        eval_dataset=digits["test"],
+        model, arguments, data_collator=collate, train_dataset=digits["train"], eval_dataset=digits["test"],
         compute_metrics=lambda result: {"accuracy": (result.predictions.argmax(-1) == result.label_ids).mean()},
     )
 

@@ -17,7 +17,7 @@ from vit_simple.data.labels import MULTI, SINGLE, Labels, count_labels
 from vit_simple.train import criterion, main
 
 NETWORK = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
-# Slow and long enough that every seed learns each of the tasks below with room to spare: 0.01 fails on some.
+# With a learning rate of 0.01 or more, some seeds do not learn the tasks below; with this one, each does by far.
 RUN = ["--model", NETWORK, "--max_steps", "150", "--per_device_train_batch_size", "16", "--learning_rate", "0.005"]
 RUN += ["--horizontal_flip", "0", "--lr_scheduler_type", "linear", "--eval_steps", "75"]
 COUNT = 80
