@@ -43,6 +43,9 @@ OTHER_NAMES = {
     "init_values": "layerscale_value",
 }
 
+# The names under which a config.json can choose how attention is computed.
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
 
 class ViTSimpleConfig(PretrainedConfig):
     """Everything that defines a ViTSimple model (ViT: Dosovitskiy et al., arXiv:2010.11929, section 3.1).
@@ -133,11 +136,16 @@ class ViTSimpleConfig(PretrainedConfig):
         stored ones together, unless only their number is given and stays the same.
         """
         refuse_near_misses(kwargs)
+        refuse_kernels(config_dict)  # of the file; `kwargs` are the caller's
         names = ("num_labels", "id2label", "label2id")
         labels = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
         if labels and labels != {"num_labels": len(config_dict.get("id2label") or ())}:
             config_dict = {key: value for key, value in config_dict.items() if key not in names} | labels
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file) -> "ViTSimpleConfig":
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "ViTSimpleConfig":
@@ -251,3 +259,24 @@ def refuse_near_misses(keywords: Iterable[str]):
         near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, OWN_FIELDS, 1, cutoff=0.75)), None)
         if near and key not in OWN_FIELDS:
             raise ValueError(f"ViTSimpleConfig has no field {key!r}: did you mean {near!r}?")
+
+
+def refuse_kernels(content, key: str | None = None):
+    """Refuses the content of a config.json that names a repository of attention kernels, at any depth.
+
+    Some versions of transformers download such kernels and run them without `trust_remote_code` (CVE-2026-4372).
+
+    Raises:
+        ValueError: names the key and the repository.
+    """
+    if isinstance(content, dict):
+        for name, value in content.items():
+            refuse_kernels(value, name if name in ATTENTION_KEYS else key)
+    elif isinstance(content, list):
+        for value in content:
+            refuse_kernels(value, key)
+    elif key is not None and isinstance(content, str) and "/" in content:
+        raise ValueError(
+            f"config.json: expected no repository of kernels in {key!r}, got {content!r}: its code would run here. "
+            "Remove the key from the file; to use a kernel that you trust, pass attn_implementation yourself"
+        )

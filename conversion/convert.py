@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from ..configuration_vit_simple import ViTSimpleConfig, pair
+from ..configuration_vit_simple import ViTSimpleConfig, pair, refuse_kernels
 from ..files import inherited, read_json
 from .processors import (
     FAMILIES,
@@ -74,12 +74,14 @@ def open_checkpoint(
     """A checkpoint of any layout; the options tell what its files do not, and `notes` gets a line for each guess.
 
     Raises:
-        ValueError: it is no plain ViT, does not fit together, or is not described well enough.
+        ValueError: it is no plain ViT, does not fit together, is not described well enough, or its config.json names
+            attention kernels of the Hub.
     """
     folder, files = find_weights(source)
     tensors, content, processor, card = load_tensors(files), {}, {}, {}
     if folder is not None:
         content, processor = (read_json(folder / name) for name in DESCRIPTION[:2])
+        refuse_kernels(content)
         processor = processor or read_json(folder / "processor_config.json").get("image_processor", {})
         card = inherited(folder)
     kind, pretrained = content.get("model_type"), content.get("pretrained_cfg") or {}

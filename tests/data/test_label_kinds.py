@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -16,8 +17,9 @@ from vit_simple.data.labels import MULTI, SINGLE, Labels
 from vit_simple.train import criterion, main
 
 MODEL = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
-RUN = ["--model", MODEL, "--max_steps", "60", "--per_device_train_batch_size", "16", "--learning_rate", "0.02"]
-RUN += ["--horizontal_flip", "0", "--lr_scheduler_type", "linear", "--eval_steps", "30"]
+# With a learning rate of 0.01 or more, some seeds do not learn the tasks below; with this one, each does by far.
+RUN = ["--model", MODEL, "--max_steps", "150", "--per_device_train_batch_size", "16", "--learning_rate", "0.005"]
+RUN += ["--horizontal_flip", "0", "--lr_scheduler_type", "linear", "--eval_steps", "75"]
 COUNT = 80
 STREAM = ["--streaming", "--random_resized_crop", "0"]
 
@@ -76,24 +78,28 @@ def test_multi_label_classifier_trains_and_predicts_with_a_sigmoid(tmp_path, cap
 
 def test_regression_trains_and_predicts_in_the_units_of_the_labels(tmp_path, capsys):
     draw = np.random.default_rng(0)
-    shades = draw.integers(0, 230, COUNT)
-    images = (shades[:, None, None, None] + draw.integers(0, 20, (COUNT, 8, 8, 3))).astype(np.uint8)
-    prices = 1000 * shades + 500_000.0
+    red = draw.integers(0, 230, COUNT)
+    colors = np.stack([red, 230 - red, np.full(COUNT, 115)], -1)
+    images = (colors[:, None, None] + draw.integers(0, 20, (COUNT, 8, 8, 3))).astype(np.uint8)
+    prices = 1000 * red + 500_000.0
     name = save(tmp_path / "set", images, prices.tolist(), label=Value("float64"))
-    folder, result = run(tmp_path, name, "--ema_decay", "0.5", "--max_steps", "150")
-    assert result["mae"] < 30_000 and result["r2"] > 0.6 and result["count"] == 8 and "R2" in capsys.readouterr().out
+    folder, result = run(tmp_path, name, "--ema_decay", "0.5", "--max_steps", "200", "--learning_rate", "0.002")
+    guess = np.abs(prices[72:] - prices[:64].mean()).mean()  # the error of the mean of the training labels
+    assert result["mae"] < guess / 3 and result["r2"] > 0.8 and result["count"] == 8
+    assert "R2" in capsys.readouterr().out
     predict = pipeline("image-classification", model=folder, function_to_apply="none")
     errors = [predict(PIL.Image.fromarray(x))[0]["score"] - y for x, y in zip(images[72:], prices[72:])]
-    assert np.abs(errors).mean() == pytest.approx(result["mae"], rel=1e-4)
+    assert np.abs(errors).mean() == pytest.approx(result["mae"], rel=1e-3)
     assert predict.model.config.problem_type == "regression" and predict.model.config.id2label == {0: "label"}
     options = ["--dataset_name", name, "--model_name_or_path", folder]
     main([*options, "--eval_only"])
-    assert f"{result['mae']:.4g}" in capsys.readouterr().out
+    (row,) = re.findall("^  test +(.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert float(row.split()[0]) == pytest.approx(result["mae"], rel=1e-3)
     tuned = tmp_path / "tuned"
     no_change = ["--max_steps", "1", "--learning_rate", "0", "--per_device_train_batch_size", "8"]
     main([*options, *no_change, "--output_dir", str(tuned)])
     tuned_result = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])
-    assert tuned_result["mae"] == pytest.approx(result["mae"], rel=1e-4)
+    assert tuned_result["mae"] == pytest.approx(result["mae"], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind, streaming", [("int64", STREAM), ("string", [])])
@@ -184,7 +190,7 @@ def every_kind_of_image(folder) -> dict[str, str]:
 )
 def test_every_kind_of_image_trains_is_evaluated_and_predicted(tmp_path, capsys, options):
     class_of = every_kind_of_image(tmp_path / "images")
-    folder, result = run(tmp_path, str(tmp_path / "images"), "--train_val_split", "0", "--max_steps", "30", *options)
+    folder, result = run(tmp_path, str(tmp_path / "images"), "--train_val_split", "0", *options)
     assert (result["correct"], result["count"]) == (22, 22)
     main(["--eval_only", "--model_name_or_path", folder, "--dataset_name", str(tmp_path / "images")])
     assert "22 of 22 right" in capsys.readouterr().out
