@@ -22,9 +22,9 @@ def test_recipe_values_that_yaml_misreads_are_understood(tmp_path):
         "mixed_precision: no\ncache_images: off\nmodel: {layerscale_value: 1e-5, pooling: mean}\n"
     )
     config = parse_config([str(tmp_path / "recipe.yaml")])
-    network = build_model_config(config, classes("a", "b"))
+    model_config = build_model_config(config, classes("a", "b"))
     assert (config.mixed_precision, config.cache_images) == ("no", "off")
-    assert (network.layerscale_value, network.pooling) == (1e-5, "mean")
+    assert (model_config.layerscale_value, model_config.pooling) == (1e-5, "mean")
 
 
 @pytest.fixture
@@ -36,10 +36,10 @@ def checkpoint(tmp_path):
 
 def test_checkpoint_of_the_same_classes_keeps_its_head(checkpoint):
     model, path = checkpoint
-    network = build_model(TrainConfig(model_name_or_path=path, drop_path_rate=0.2), classes(*NAMES))
-    for (name, one), other in zip(model.named_parameters(), network.parameters()):
-        assert torch.equal(one, other), name
-    assert network.config.drop_path_rate == 0.2 and network.dtype == torch.float32
+    fine_tuned = build_model(TrainConfig(model_name_or_path=path, drop_path_rate=0.2), classes(*NAMES))
+    for (name, parameter), loaded in zip(model.named_parameters(), fine_tuned.parameters()):
+        assert torch.equal(parameter, loaded), name
+    assert fine_tuned.config.drop_path_rate == 0.2 and fine_tuned.dtype == torch.float32
 
 
 @pytest.mark.parametrize("names", [["x", "y", "z"], ["a", "b"]])
@@ -68,18 +68,18 @@ def test_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
 
 
 def test_freeze_backbone_trains_only_the_head(checkpoint):
-    network = build_model(TrainConfig(model_name_or_path=checkpoint[1], freeze_backbone=True), classes(*NAMES))
-    assert [name for name, p in network.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    model = build_model(TrainConfig(model_name_or_path=checkpoint[1], freeze_backbone=True), classes(*NAMES))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
 def test_evaluation_crops_the_center_if_training_crops_at_random():
     from PIL import Image
 
-    picture = Image.new("RGB", (64, 32))
-    picture.paste((255, 255, 255), (16, 0, 48, 32))  # white in the middle
+    image = Image.new("RGB", (64, 32))
+    image.paste((255, 255, 255), (16, 0, 48, 32))  # white in the middle
     for cropped, crop_pct, white in ((True, None, True), (False, 1.0, True), (False, None, False)):
         processor = open_processor(processor_content(TrainConfig(crop_pct=crop_pct), (16, 16), cropped))
-        pixels = processor(picture, return_tensors="pt").pixel_values
+        pixels = processor(image, return_tensors="pt").pixel_values
         assert pixels.shape == (1, 3, 16, 16) and (pixels[..., 1:-1, 1:-1] == 1).all() == white
     assert processor_content(TrainConfig(), (224, 224), True)["size"] == {"shortest_edge": 256}
     with pytest.raises(UserError, match=r"--crop_pct needs a square image_size, got \(16, 32\)"):

@@ -48,8 +48,8 @@ def test_run_folder_is_complete(run_folder):
     assert [row["split"] for row in rows if row["split"] != "train"] == ["validation", "test"]
     train = [row for row in rows if row["split"] == "train"]
     assert all(0 <= row["data_wait"] <= 1 for row in train)
-    for picture in ("curves.png", "confusion.png", "predictions.png"):
-        assert len(Image.open(run_folder / picture).convert("RGB").getcolors(10**6)) > 20
+    for plot in ("curves.png", "confusion.png", "predictions.png"):
+        assert len(Image.open(run_folder / plot).convert("RGB").getcolors(10**6)) > 20
     assert train[-1]["step"] == 40 and train[-1]["epoch"] == 1 and train[0]["images_per_second"] > 0
     assert train[-1]["loss"] < train[0]["loss"] and train[-1]["lr"] < train[0]["lr"]
 
@@ -108,12 +108,12 @@ def test_output_folders_are_numbered_and_never_overwritten(tmp_path, monkeypatch
 def test_image_folder_trains_with_a_variant(tmp_path):
     for name, shade in (("dark", 40), ("light", 210)):
         for number in range(6):
-            path = tmp_path / "pictures/train" / name / f"{number}.png"
+            path = tmp_path / "images/train" / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (20 + number, 30), shade + number).save(path)
     main(
         [
-            *["--dataset_name", str(tmp_path / "pictures"), "--output_dir", str(tmp_path / "run")],
+            *["--dataset_name", str(tmp_path / "images"), "--output_dir", str(tmp_path / "run")],
             *["--variant", "notebook/8", "--image_size", "16", "--num_train_epochs", "8", "--train_val_split", "0.34"],
             *["--per_device_train_batch_size", "3", "--learning_rate", "1e-3", "--lr_scheduler_type", "linear"],
         ]
@@ -149,8 +149,8 @@ UNCHANGED = [f"--affine_{name}=0" for name in ("degrees", "translate", "scale", 
     ids=lambda options: options[0],
 )
 def test_losses_do_not_depend_on_how_a_step_is_computed(tmp_path, options):
-    network = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
-    common = [*UNCHANGED, "--model", network, "--max_eval_samples", "50"]
+    model = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
+    common = [*UNCHANGED, "--model", model, "--max_eval_samples", "50"]
     expected = losses_of(tmp_path / "expected", *common)
     assert losses_of(tmp_path / "other", *common, *options) == pytest.approx(expected, abs=1e-5)
 
@@ -195,7 +195,7 @@ def test_two_hosts_train_like_one_process_with_the_same_batch(tmp_path):
 
 def test_stream_of_two_processes_stops_and_resumes_exactly(tmp_path):
     options = ["--max_steps", "60", "--logging_steps", "5", "--ema_decay", "0.9", "--save_steps", "25"]
-    options += ["--streaming", "--dataloader_num_workers", "1"]  # a share of the rows for each, 40 steps in a pass
+    options += ["--streaming", "--dataloader_num_workers", "1"]  # each reads half of the rows, 40 steps per epoch
     whole = torchrun(2, *options, "--output_dir", tmp_path / "whole")
     _, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
@@ -271,7 +271,7 @@ def test_eval_only_repeats_metrics_and_writes_nothing(run_folder, tmp_path, monk
 
 @pytest.mark.parametrize("launched", [False, True])
 def test_bfloat16_training_is_evaluated_in_float32(tmp_path, monkeypatch, capsys, launched):
-    """Else the pipeline would get other images right than the run said."""
+    """Otherwise the pipeline would not reproduce the accuracy of the run."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if launched else "no")
     losses = losses_of(tmp_path / "run", *UNCHANGED, *([] if launched else ["--mixed_precision", "bf16"]))
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
@@ -331,8 +331,8 @@ def test_tracker_receives_metrics(tmp_path):
     assert {"test/top1", "test_ema/top1"} & set(tags)  # of the better weights
 
 
-def picture_folder(folder) -> str:
-    """Photographs of two sizes and two shades, one of them broken in each split."""
+def image_folder(folder) -> str:
+    """Images of two sizes and two classes; one image of each split is damaged."""
     for split in ("train", "test"):
         for name, shade in (("dark", 40), ("light", 210)):
             for number, size in enumerate([(40, 30), (30, 40)] * 3):
@@ -344,10 +344,10 @@ def picture_folder(folder) -> str:
 
 
 def test_bad_image_stops_the_run_or_is_skipped_and_listed(tmp_path, capsys):
-    name = picture_folder(tmp_path / "pictures")
+    name = image_folder(tmp_path / "images")
     options = ["--dataset_name", name, "--variant", "notebook/8", "--image_size", "16", "--train_val_split", "0"]
     options += ["--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--output_dir"]
-    for where in ("train", "test"):  # before it begins and, where images are decoded on the way, in its midst
+    for where in ("train", "test"):  # found before the training or, without a cache, during it
         first = ["--random_resized_crop", "0"] if where == "train" else ["--cache_images", "off"]
         with pytest.raises(SystemExit, match=r"error: row .*dark/0.jpg\) cannot be used: not an"):
             main([*options, str(tmp_path / where), *first])
