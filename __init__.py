@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from .configuration_vit_simple import VARIANTS, ViTSimpleConfig
 from .modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
 
+__version__ = "0.1.0"
 __all__ = ["VARIANTS", "ViTSimpleConfig", "ViTSimpleForImageClassification", "ViTSimpleModel"]
 
 AutoConfig.register("vit_simple", ViTSimpleConfig)
