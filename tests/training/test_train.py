@@ -222,7 +222,7 @@ def test_without_a_test_split_the_card_tells_of_the_weights_that_are_saved(tmp_p
     last = [row for row in rows_of(tmp_path / "run") if row["split"] == "validation"][-3:]
     assert last[0]["weights"] == last[2]["weights"] == "raw" and last[0]["correct"] == last[2]["correct"]
     assert last[1]["correct"] < last[2]["correct"]
-    assert f"{last[2]['correct']} of them right:" in (tmp_path / "run/README.md").read_text()
+    assert f"({last[2]['correct']} correct)" in (tmp_path / "run/README.md").read_text()
 
 
 @pytest.mark.parametrize("best", ["raw", "ema"])
