@@ -8,9 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..files import INHERITED, UserError, open_card
 from .card_text import METRICS, Facts, card_text
 
-BEGIN = (
-    "<!-- vit_simple: begin of the generated text. It is replaced by every run and push; write above or below it. -->"
-)
+BEGIN = "<!-- vit_simple: every run and push replaces the text from here to the end mark; write above or below it -->"
 END = "<!-- vit_simple: end -->"
 OLD_BEGIN = "<!-- vit_simple: written anew by every run and push, up to the line that says end -->"  # of earlier cards
 

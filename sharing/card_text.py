@@ -208,16 +208,22 @@ def plural(count: float, noun: str) -> str:
 
 
 def limitations(facts: Facts) -> str:
-    """What the checkpoint is for, and what it was not evaluated for."""
-    names, lines = list(facts.config.get("id2label", {}).values()), []
+    """What the checkpoint is for, what it outputs, and what it was not evaluated for."""
+    labels, problem = list(facts.config.get("id2label", {}).values()), facts.config.get("problem_type")
+    classes = f"these classes: {', '.join(labels)}" if len(labels) <= 20 else f"{len(labels):,} classes"
+    lines = []
     if facts.dataset:
-        lines.append(f"It is meant for images like those in {facts.dataset['name']}, and as a start for fine-tuning.")
+        dataset = facts.dataset["name"]
+        lines.append(f"It is meant for images like those in {dataset}, and as a starting point for fine-tuning.")
     if not has_head(facts.config):
         lines.append("It outputs features, not classes.")
     elif facts.task == "image-feature-extraction":
         lines.append("Its logits are features, not classes.")
-    elif facts.config.get("problem_type") is None and len(names) > 1:
-        classes = f"these classes: {', '.join(names)}" if len(names) <= 20 else f"its {len(names):,} classes"
+    elif problem == "regression":
+        lines.append(f"Its outputs are numbers, not probabilities: {', '.join(labels)}.")
+    elif problem == "multi_label_classification":
+        lines.append(f"An image can show any number of {classes}.")
+    elif len(labels) > 1:
         lines.append(f"It always predicts one of {classes}, even for images that show none of them.")
     if facts.result:
         lines.append("It was not evaluated on other datasets, nor for bias across groups of people.")

@@ -121,6 +121,15 @@ def test_card_of_a_regression_asks_the_pipeline_for_raw_outputs_and_has_no_inter
     assert "On 360 test images of ages:\n\n| metric | value |\n| --- | --- |\n| mean absolute error | 1.5 |" in text
 
 
+def test_card_of_a_multi_label_model_lists_its_classes(folder):
+    edit(folder / "config.json", '"pre_norm"', '"problem_type": "multi_label_classification", "pre_norm"')
+    write_metrics(folder, {"step": 40, "split": "test", "count": 360, "weights": "ema", "map": 0.8123, "loss": 0.2})
+    text = ModelCard(build_card(folder)).text
+    assert "On 360 test images of digits, with averaged weights:" in text
+    assert "| mean average precision | 0.8123 |" in text
+    assert "An image can show any number of these classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in text
+
+
 def test_confidence_interval_is_wilsons():
     assert confidence_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert confidence_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
