@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, LocalTokenNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from ..files import NETWORK_ERRORS, UserError
@@ -89,15 +90,12 @@ def changes(api: HfApi, repo_id: str, folder: Path, files: list[str], revision: 
     Other files of the repository are left alone.
     """
     entries = with_retries(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
-    remote = {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries if is_file(entry)}
+    remote_files = [entry for entry in entries if isinstance(entry, RepoFile)]
+    remote = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in remote_files}
     managed = {*REQUIRED, *OPTIONAL, "processor_config.json"}  # transformers would prefer the last one to ours
     changed = [name for name in files if not has_hash(folder / name, remote.get(name))]
     stale = [name for name in remote if (name in managed or is_weights(name)) and name not in files]
     return changed, stale
-
-
-def is_file(entry) -> bool:
-    return hasattr(entry, "blob_id")
 
 
 def has_hash(path: Path, remote_hash: str | None) -> bool:

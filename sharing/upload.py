@@ -55,8 +55,9 @@ def push(
     if private and not repo.private:
         raise UserError(f"--private: {repo_id} exists and is public")
     head = repo.branches.get(revision or "main")
-    if head is not None:
-        card = keep_remote_text(card, remote_card(api, repo_id, head), head, (folder, repo_id, tag, license))
+    remote = remote_card(api, repo_id, head) if head is not None else ""
+    if keeps_remote_text(card, remote, head):
+        card = build_card(folder, repo_id, tag, license, remote)
     write_atomically(folder / "README.md", card)
 
     candidates = [] if head is None else [head, *(pull_requests(api, repo_id).values() if create_pr else [])]
@@ -90,14 +91,14 @@ def check_push(folder: Path, repo_id: str, tag: str | None, license: str | None,
     return files, card
 
 
-def keep_remote_text(card: str, remote: str, head: str, options: tuple) -> str:
-    """The card, with the user's text on the Hub if the folder's card has none; `options` are those of build_card."""
+def keeps_remote_text(card: str, remote: str, head: str | None) -> bool:
+    """Whether the user wrote text in the card on the Hub and none in the folder's; also tells the user about it."""
     if user_text(remote) and not user_text(card):
         print("README.md keeps the text that was written on the Hub")
-        return build_card(*options, old_card=remote)
+        return True
     if user_text(remote) not in ("", user_text(card)):
         print(f"README.md replaces another text on the Hub, which remains in {head}")
-    return card
+    return False
 
 
 # The upload
@@ -163,6 +164,7 @@ def upload(
     old_requests = pull_requests(api, repo_id) if create_pr else {}
 
     def commit() -> str:
+        # Not upload_folder, which would list stale files at the head of the branch instead of at `parent`.
         operations = [CommitOperationAdd(name, folder / name) for name in changed]
         operations += [CommitOperationDelete(name) for name in stale]
         options = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": parent}
