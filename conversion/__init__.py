@@ -1,1 +1,1 @@
-"""A checkpoint of timm or transformers comes in and one of ours goes out, or the other way round."""
+"""A checkpoint of timm or transformers comes in and a vit_simple checkpoint goes out, or the other way around."""

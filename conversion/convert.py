@@ -1,14 +1,20 @@
-"""Opens a plain ViT of timm or transformers, and describes it as this repository, timm or transformers has it."""
+"""Open a plain ViT of timm, transformers or this repository, and write it for one of these libraries."""
 
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
+from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair, refuse_kernels
-from ..files import inherited, read_json
+from ..files import CODE, PREPROCESSOR, ROOT, SAFETENSORS, UserError, inherited, read_json
 from .processors import (
     FAMILIES,
     FAMILY_OF_TYPE,
@@ -21,125 +27,197 @@ from .state_dict import Tensors, import_state_dict, join_names, load_tensors
 from .timm import from_timm, to_timm
 from .transformers import check_type, from_transformers, to_transformers
 
-DESCRIPTION = ("config.json", "preprocessor_config.json", "processor_config.json", "README.md")
-SAFETENSORS = ("model.safetensors", "model-?????-of-?????.safetensors")
+DESCRIPTION = ("config.json", PREPROCESSOR, "processor_config.json", "README.md")
 PICKLES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
-WEIGHTS = (*SAFETENSORS, "*.safetensors", *PICKLES, "*.bin", "*.pth")  # the first of these that are there
+WEIGHTS = (*SAFETENSORS, "*.safetensors", *PICKLES, "*.bin", "*.pth")  # the first pattern that matches is used
 
 
 @dataclass
 class Checkpoint:
-    """A network as this repository has it, its image processor as JSON, and what its card inherits."""
+    """A model in the format of this repository.
+
+    processor: the content of preprocessor_config.json
+    inherited: license and base model, for the model card
+    report: one line for everything that was dropped or assumed
+    """
 
     config: ViTSimpleConfig
     tensors: Tensors
     processor: dict
-    card: dict
+    inherited: dict
+    report: list[str]
+
+
+# Opening
 
 
 def find_weights(source: str) -> tuple[Path | None, list[Path]]:
-    """The folder that describes a checkpoint and its files of weights; what is no path comes from the Hub.
+    """The folder that describes a checkpoint, and its weight files; what is not a path is downloaded from the Hub.
 
-    A file of another name than those of folders stands alone: what lies beside it may be of another checkpoint.
+    A weight file with a name of its own comes without a folder: the files beside it may belong to another checkpoint.
     """
     path = Path(source)
     if path.is_file():
-        return path.parent if any(path.match(pattern) for pattern in (*SAFETENSORS, *PICKLES)) else None, [path]
+        is_described = any(path.match(pattern) for pattern in (*SAFETENSORS, *PICKLES))
+        return path.parent if is_described else None, [path]
     if not path.exists():
-        try:
-            path = Path(snapshot_download(source, allow_patterns=[*DESCRIPTION, *SAFETENSORS]))
-            if not list(path.glob("*.safetensors")):
-                path = Path(snapshot_download(source, allow_patterns=[*DESCRIPTION, *PICKLES]))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"expected a file, a folder or a repository of the Hub, got {source}: {error}") from error
+        path = download(source)
     for pattern in WEIGHTS:
         files = sorted(path.glob(pattern))
         if len(files) > 1 and "?" not in pattern:
-            raise ValueError(f"expected one file of weights in {path}, got {join_names(file.name for file in files)}")
+            raise UserError(f"expected one weight file in {path}, got {join_names(file.name for file in files)}")
         if files:
             return path, files
-    raise ValueError(
-        f"expected a file of weights in {path}, got {join_names(sorted(file.name for file in path.iterdir()))}"
-    )
+    raise UserError(f"expected a weight file in {path}, got {join_names(sorted(file.name for file in path.iterdir()))}")
+
+
+def download(repo_id: str) -> Path:
+    """The folder with the files of a repository, without pickles if there is a safetensors file."""
+    try:
+        folder = Path(snapshot_download(repo_id, allow_patterns=[*DESCRIPTION, *SAFETENSORS]))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repo_id, allow_patterns=[*DESCRIPTION, *PICKLES]))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"SOURCE: expected a file, a folder or a Hub repository, got {repo_id}: {error}") from error
+    except OSError as error:
+        raise OSError(f"SOURCE: no file or folder {repo_id}, and it cannot be downloaded: {error}") from error
+    return folder
 
 
 def open_checkpoint(
     source: str,
-    notes: list[str],
     family: str | None = None,
     num_attention_heads: int | None = None,
     hidden_act: str | None = None,
     base_model: str | None = None,
 ) -> Checkpoint:
-    """A checkpoint of any layout; the options tell what its files do not, and `notes` gets a line for each guess.
+    """A checkpoint in any supported format; the options supply what its files do not state.
 
     Raises:
-        ValueError: it is no plain ViT, does not fit together, is not described well enough, or its config.json names
-            attention kernels of the Hub.
+        UserError: it is not a plain ViT, its files contradict each other, or too little is known.
+        OSError: the Hub cannot be reached.
     """
     folder, files = find_weights(source)
-    tensors, content, processor, card = load_tensors(files), {}, {}, {}
-    if folder is not None:
-        content, processor = (read_json(folder / name) for name in DESCRIPTION[:2])
-        refuse_kernels(content)
-        processor = processor or read_json(folder / "processor_config.json").get("image_processor", {})
-        card = inherited(folder)
-    kind, pretrained = content.get("model_type"), content.get("pretrained_cfg") or {}
-    if kind is not None and (num_attention_heads or hidden_act):
-        raise ValueError("--num_attention_heads and --hidden_act: expected neither, since config.json tells both")
-    if kind is None:
-        config, tensors = from_timm(content, tensors, notes, num_attention_heads, hidden_act)
-        card = ({"license": pretrained["license"]} if pretrained.get("license") else {}) | card
-    elif kind == ViTSimpleConfig.model_type:
-        config = ViTSimpleConfig.from_pretrained(folder)
+    tensors, report = load_tensors(files), []
+    content = read_config(folder) if folder else {}
+    metadata = inherited(folder) if folder else {}
+    model_type, pretrained = content.get("model_type"), content.get("pretrained_cfg") or {}
+    if model_type is not None and (num_attention_heads or hidden_act):
+        raise UserError("--num_attention_heads and --hidden_act cannot be combined with a config.json that states both")
+    if model_type is None:
+        config, tensors = from_timm(content, tensors, report, num_attention_heads, hidden_act)
+        metadata = ({"license": pretrained["license"]} if pretrained.get("license") else {}) | metadata
+    elif model_type == ViTSimpleConfig.model_type:
+        config = open_config(folder, ViTSimpleConfig)
         tensors = import_state_dict(tensors, {}, config)
     else:
-        config, tensors = from_transformers(open_config(folder, kind), tensors, notes)
+        check_type(model_type)
+        config, tensors = from_transformers(open_config(folder), tensors, report)
 
-    usual = FAMILY_OF_TYPE.get(kind, "clip" if config.pre_norm else None)
     if family is None and pretrained:
-        processor = processor_from_timm(pretrained, pair(config.image_size), notes)
-    elif family is not None or not processor:
-        if not (family or usual):
-            raise ValueError(
-                f"--family: expected one of {', '.join(FAMILIES)}, since no file tells how pixels are scaled"
-            )
-        if family is None:
-            notes.append(f"took the image processor of {usual}, since no file tells of another")
-        processor = family_processor(family or usual, pair(config.image_size))
+        processor = processor_from_timm(pretrained, pair(config.image_size), report)
+    else:
+        processor = read_processor(folder, family, model_type, config, report)
     if not Path(source).exists():
-        card["base_model"] = source
+        metadata["base_model"] = source
     if base_model is not None:
-        card["base_model"] = base_model
-    return Checkpoint(config, tensors, fit_processor(processor, config, notes), card)
+        metadata["base_model"] = base_model
+    return Checkpoint(config, tensors, fit_processor(processor, config, report), metadata, report)
 
 
-def open_config(folder: Path, kind: str) -> PretrainedConfig:
-    """The config that transformers makes of config.json."""
-    check_type(kind)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except StrictDataclassError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-
-
-def in_layout_of(checkpoint: Checkpoint, to: str, notes: list[str]) -> tuple[PretrainedConfig | dict, Tensors]:
-    """Config and tensors as the library named has them.
+def read_config(folder: Path) -> dict:
+    """The content of config.json, {} if there is none.
 
     Raises:
-        ValueError: the network or the image processor has what that library has not.
+        UserError: it is damaged, or names attention kernels of the Hub.
+    """
+    content = read_json(folder / "config.json")
+    try:
+        refuse_kernels(content)
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    return content
+
+
+def open_config(folder: Path, config_class: type = AutoConfig) -> PretrainedConfig:
+    """The config in config.json.
+
+    Raises:
+        UserError: a field has a wrong type or value.
+    """
+    try:
+        return config_class.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+
+
+def read_processor(
+    folder: Path | None, family: str | None, model_type: str | None, config: ViTSimpleConfig, report: list[str]
+) -> dict:
+    """The image processor of the family that the user names, of the folder, or of the usual family."""
+    if family is None and folder is not None:
+        combined = read_json(folder / "processor_config.json").get("image_processor")
+        if processor := read_json(folder / PREPROCESSOR) or combined:
+            return processor
+    if family is None:
+        family = FAMILY_OF_TYPE.get(model_type, "clip" if config.pre_norm else None)
+        if family is None:
+            choices = ", ".join(FAMILIES)
+            raise UserError(f"--family is required, because there is no image processor: choose one of {choices}")
+        report.append(f"assumed the image processor of {family}, because the checkpoint has none")
+    return family_processor(family, pair(config.image_size))
+
+
+# Writing
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which appears at `path` when the block ends; if the block fails, nothing is left.
+
+    Raises:
+        UserError: `path` exists.
+    """
+    if path.exists():
+        raise UserError(f"OUT: {path} already exists; choose a new folder")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{path.name}-") as temporary:
+        folder = Path(temporary) / path.name
+        folder.mkdir()
+        yield folder
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(path)
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, to: str = "vit_simple"):
+    """Writes config, image processor, weights and, for "vit_simple", the model's code; no model card.
+
+    Args:
+        to: "vit_simple", "timm" or "transformers".
+
+    Raises:
+        UserError: that library does not support the model or the image processor.
     """
     config, tensors = checkpoint.config, checkpoint.tensors
     if to == "timm":
-        content, tensors = to_timm(config, tensors, notes)
-        licence = {name: value for name, value in checkpoint.card.items() if name == "license"}
+        content, tensors = to_timm(config, tensors, checkpoint.report)
+        license = {name: value for name, value in checkpoint.inherited.items() if name == "license"}
         classes = {"num_classes": content["num_classes"]}
-        return content | {
-            "pretrained_cfg": processor_to_timm(checkpoint.processor, config) | classes | licence
-        }, tensors
-    if to == "transformers":
-        config, tensors = to_transformers(config, tensors)
+        content["pretrained_cfg"] = processor_to_timm(checkpoint.processor, config) | classes | license
+        write_json(folder / "config.json", content)
     else:
-        config.architectures = ["ViTSimpleForImageClassification" if "head.weight" in tensors else "ViTSimpleModel"]
-    config.dtype = next(iter(tensors.values())).dtype
-    return config, tensors
+        if to == "transformers":
+            config, tensors = to_transformers(config, tensors)
+        else:
+            config.architectures = ["ViTSimpleForImageClassification" if "head.weight" in tensors else "ViTSimpleModel"]
+            for name in CODE:
+                shutil.copy(ROOT / name, folder)
+        config.dtype = next(iter(tensors.values())).dtype
+        config.save_pretrained(folder)
+        write_json(folder / PREPROCESSOR, checkpoint.processor)
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def write_json(file: Path, content: dict):
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the layouts of timm and transformers have in common: names of tensors, and what is no plain ViT."""
+"""State dicts: reading them from files, renaming their keys, and refusing what is not a plain ViT."""
 
 import pickle
 import re
@@ -9,137 +9,160 @@ import safetensors
 import torch
 
 from ..configuration_vit_simple import ViTSimpleConfig
+from ..files import UserError
 from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel, sincos2d
 
 Tensors = dict[str, torch.Tensor]
 
-DROPPED = {  # remains of pre-training
+DROPPED = {  # tensors that only pre-training needs: a pattern of their keys, and what they are
     r"pooler\.|pre_logits\.": "the tanh layer between backbone and head",
-    r"(embeddings\.)?mask_token$": "the token of masked patches",
+    r"(embeddings\.)?mask_token$": "the mask token",
     r"decoder[._]": "the decoder",
-    r"text_model\.|text_projection\.|logit_scale$": "the text tower",
-    r"embeddings\.position_ids$": "a table that counts",
+    r"text_model\.|text_projection\.|logit_scale$": "the text encoder",
+    r"embeddings\.position_ids$": "the position ids",
 }
-REFUSED = {  # model types of transformers, words in timm's names, tensors in timm's files
-    r"deit|.*distilled.*|dist_token|head_dist\..*": "DeiT distilled, whose second prefix token has a head of its own",
-    r"siglip.*|.*_siglip_.*|attn_pool\..*": "SigLIP, which pools by attention or has another activation",
-    r"beit.*|data2vec.*|.*attn\.(q_bias|relative_position.*)|rel_pos_bias.*": "BEiT, whose positions bias attention",
-    r"swin.*|layers\.0\.blocks\..*": "Swin, whose attention stays in windows",
-    r".*_rpn_.*": "a ViT with LayerNorm behind the branches",
-    r".*_(rope|dinov3|pe|lingbot)(_.*)?": "a ViT with rotary positions",
+REFUSED = {  # other families: a pattern of model types in transformers, model names in timm, and keys; and the reason
+    r"deit|.*distilled.*|dist_token|head_dist\..*": "DeiT distilled has a second prefix token with its own head",
+    r"siglip.*|.*_siglip_.*|attn_pool\..*": "SigLIP pools by attention or has another activation",
+    r"beit.*|data2vec.*|.*attn\.(q_bias|relative_position.*)|rel_pos_bias.*": "BEiT adds position biases to attention",
+    r"swin.*|layers\.0\.blocks\..*": "Swin restricts attention to windows",
+    r".*_rpn_.*": "it applies LayerNorm after each branch",
+    r".*_(rope|dinov3|pe|lingbot)(_.*)?": "it has rotary position embeddings",
 }
 
 
 def refuse(name: str):
-    """Raises ValueError for what belongs to a family that this network is not."""
-    for pattern, family in REFUSED.items():
+    """Raises UserError if a model type, model name or key belongs to another family."""
+    for pattern, reason in REFUSED.items():
         if re.fullmatch(pattern, name):
-            raise ValueError(f"expected a plain ViT, got {name}: {family}")
+            raise UserError(f"expected a plain ViT, got {name}: {reason}")
 
 
-def join_names(names, most: int = 4) -> str:
-    """Names in a line, the first of them where there are many."""
+def join_names(names, limit: int = 4) -> str:
+    """The first names, separated by commas, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def drop(tensors: Tensors, notes: list[str]) -> Tensors:
-    """The tensors without what pre-training left behind, of which `notes` tells."""
-    for pattern, what in DROPPED.items():
-        found = [name for name in tensors if re.match(pattern, name)]
-        if found:
-            notes.append(f"dropped {what}: {join_names(found)}")
-    return {name: tensor for name, tensor in tensors.items() if not re.match("|".join(DROPPED), name)}
+def drop(tensors: Tensors, report: list[str]) -> Tensors:
+    """The tensors without those that only pre-training needs, which are listed in `report`."""
+    for pattern, description in DROPPED.items():
+        if keys := [key for key in tensors if re.match(pattern, key)]:
+            report.append(f"dropped {description}: {join_names(keys)}")
+    return {key: tensor for key, tensor in tensors.items() if not re.match("|".join(DROPPED), key)}
 
 
-def their_keys(name: str, names: dict) -> list[str]:
-    """What a layout calls one of our tensors."""
-    number = re.search(r"\.(\d+)\.", name)
-    known = re.sub(r"\.\d+\.", ".*.", name)
-    module = next((key for key in (known, known.rpartition(".")[0]) if key in names), known)
-    theirs = names.get(module, module)
-    found = [one + known.removeprefix(module) for one in (theirs if isinstance(theirs, list) else [theirs])]
-    return [one.replace("*", number[1]) for one in found] if number else found
-
-
-def import_state_dict(tensors: Tensors, names: dict, config: ViTSimpleConfig) -> Tensors:
-    """Our tensors from those of a layout; what needs no joining stays where it is in memory.
+def build_config(**fields) -> ViTSimpleConfig:
+    """The config with these fields, which come from a file or from options.
 
     Raises:
-        ValueError: names the tensors that are missing, not known or of another shape.
+        UserError: they are not valid together.
     """
-    network = ViTSimpleForImageClassification if their_keys("head.weight", names)[0] in tensors else ViTSimpleModel
+    try:
+        return ViTSimpleConfig(**fields)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+# Key maps. A map names modules or tensors of ours and theirs, such as {"blocks.*.norm1": "encoder.layer.*.norm1"};
+# * stands for the number of a block. A list of theirs holds the parts of one tensor of ours, such as query, key, value.
+
+
+def their_keys(key: str, key_map: dict[str, str | list[str]]) -> list[str]:
+    """The keys of another library for a key of ours; keys that the map does not mention are the same in both."""
+    pattern = re.sub(r"\.\d+\.", ".*.", key)
+    module = next((name for name in (pattern, pattern.rpartition(".")[0]) if name in key_map), pattern)
+    names = key_map.get(module, module)
+    names = [name + pattern.removeprefix(module) for name in (names if isinstance(names, list) else [names])]
+    block = re.search(r"\.(\d+)\.", key)
+    return [name.replace("*", block[1]) for name in names] if block else names
+
+
+def import_state_dict(tensors: Tensors, key_map: dict[str, str | list[str]], config: ViTSimpleConfig) -> Tensors:
+    """Our tensors from those of another library; only those that are concatenated are copied.
+
+    Raises:
+        UserError: names the tensors that are missing, unknown or of another shape.
+    """
+    has_head = their_keys("head.weight", key_map)[0] in tensors
     with torch.device("meta"):
-        expected = network(config).state_dict()
-    rest, ours, wrong = dict(tensors), {}, []
-    for name, room in expected.items():
-        others = their_keys(name, names)
-        parts = [rest.pop(other, None) for other in others]
-        for other, part, share in zip(others, parts, room.chunk(len(others))):
+        expected = (ViTSimpleForImageClassification if has_head else ViTSimpleModel)(config).state_dict()
+    remaining, imported, problems = dict(tensors), {}, []
+    for key, empty in expected.items():
+        names = their_keys(key, key_map)
+        parts = [remaining.pop(name, None) for name in names]
+        for name, part, empty_part in zip(names, parts, empty.chunk(len(names))):
             if part is None:
-                wrong.append(f"{other} is missing")
-            elif part.squeeze().shape != share.squeeze().shape:  # some tables lack our leading dimension
-                wrong.append(f"{other} has the shape {tuple(part.shape)} and not {tuple(share.shape)}")
-        if not wrong:
-            ours[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(room.shape)
-    for name in rest:
+                problems.append(f"{name} is missing")
+            elif part.squeeze().shape != empty_part.squeeze().shape:  # some libraries omit our leading dimension
+                problems.append(f"{name} has the shape {tuple(part.shape)} instead of {tuple(empty_part.shape)}")
+        if not problems:
+            imported[key] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(empty.shape)
+    for name in remaining:
         refuse(name)
-    wrong += [f"{name} is not known" for name in rest]
-    if wrong:
-        raise ValueError(f"expected the tensors that the config describes, but {join_names(wrong)}")
-    return ours
+    problems += [f"{name} is unknown" for name in remaining]
+    if problems:
+        raise UserError(f"expected the tensors that the config describes, but {join_names(problems)}")
+    return imported
 
 
-def export_state_dict(tensors: Tensors, names: dict, prefix: str) -> Tensors:
-    """Our tensors under a layout's names, all but the head behind the prefix."""
-    theirs = {}
-    for name, tensor in tensors.items():
-        others = their_keys(name, names)
-        for other, part in zip(others, tensor.chunk(len(others))):
-            theirs[other if name.startswith("head.") else prefix + other] = part
-    return theirs
+def export_state_dict(tensors: Tensors, key_map: dict[str, str | list[str]], prefix: str) -> Tensors:
+    """Our tensors under the keys of another library, with a prefix before all but those of the head."""
+    exported = {}
+    for key, tensor in tensors.items():
+        names = their_keys(key, key_map)
+        for name, part in zip(names, tensor.chunk(len(names))):
+            exported[name if key.startswith("head.") else prefix + name] = part
+    return exported
 
 
 def with_learned_positions(config: ViTSimpleConfig, tensors: Tensors) -> tuple[ViTSimpleConfig, Tensors]:
-    """The same network with its fixed positions, if it has such, as a table of the patches."""
+    """The same model with fixed sine-cosine positions stored as learned ones, since other libraries only have these."""
     if config.position_embedding == "learned":
         return config, tensors
-    kernel = tensors["patch_embed.proj.weight"]
-    table = sincos2d(*config.grid_size, config.hidden_size, kernel.device).to(kernel.dtype)
+    weight = tensors["patch_embed.proj.weight"]
+    positions = sincos2d(*config.grid_size, config.hidden_size, weight.device).to(weight.dtype)
     config = ViTSimpleConfig.from_dict(config.to_dict(), position_embedding="learned", no_embed_class=True)
-    return config, {**tensors, "pos_embed": table}
+    return config, {**tensors, "pos_embed": positions}
+
+
+# Files
 
 
 def load_tensors(files: list[Path]) -> Tensors:
-    """The tensors of files, in the memory of the files themselves; no pickle is run."""
+    """The tensors in one or more files, memory-mapped; code in pickles is not run.
+
+    Raises:
+        UserError: a file is damaged, holds more than tensors, or repeats a tensor of another file.
+    """
     tensors = {}
     for file in files:
-        found = load_safetensors(file) if file.suffix == ".safetensors" else load_pickle(file)
-        if both := tensors.keys() & found.keys():
-            raise ValueError(f"{file}: expected another part of a checkpoint, got {join_names(both)} a second time")
-        tensors |= found
+        loaded = load_safetensors(file) if file.suffix == ".safetensors" else load_pickle(file)
+        if repeated := tensors.keys() & loaded.keys():
+            raise UserError(f"{file}: expected another shard, got {join_names(repeated)} a second time")
+        tensors |= loaded
     return tensors
 
 
 def load_safetensors(file: Path) -> Tensors:
     try:
         with safetensors.safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file}: expected a whole file of safetensors: {error}") from error
+        raise UserError(f"{file}: expected a complete safetensors file: {error}") from error
 
 
 def load_pickle(file: Path) -> Tensors:
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"there is {code[1]} in it, which is not loaded" if code else "it is damaged or something else"
-        raise ValueError(f"{file}: expected a file of nothing but tensors: {reason}") from error
+        reason = f"it contains {code[1]}, which is not loaded" if code else "it is damaged or not a checkpoint"
+        raise UserError(f"{file}: expected a file with nothing but tensors: {reason}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     entries = loaded.items() if isinstance(loaded, dict) else [(None, loaded)]
-    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in entries):
-        raise ValueError(f"{file}: expected names and tensors, got {type(loaded).__name__} with other things in it")
+    if not all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in entries):
+        raise UserError(f"{file}: expected names and tensors, got {type(loaded).__name__} with other values")
     return dict(loaded)

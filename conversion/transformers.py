@@ -1,6 +1,6 @@
-"""Plain ViTs as transformers writes them: their names and configs, and the way between them and ours.
+"""Plain ViTs of transformers: their configs and tensors from and to ours.
 
-The names are those of files: transformers 5 has others in memory, but not in what it saves.
+The keys are those of saved files; transformers 5 renames some of them in memory.
 """
 
 import torch
@@ -8,9 +8,19 @@ import torch.nn.functional as F
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, label_maps, pair
-from .state_dict import Tensors, drop, export_state_dict, import_state_dict, join_names, refuse, with_learned_positions
+from ..files import UserError
+from .state_dict import (
+    Tensors,
+    build_config,
+    drop,
+    export_state_dict,
+    import_state_dict,
+    join_names,
+    refuse,
+    with_learned_positions,
+)
 
-# Our names and theirs; * is a block's number, and a list is what follows each other in one tensor of ours.
+# Key maps, as `their_keys` reads them.
 VIT = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -51,7 +61,7 @@ CLIP = {
     "norm": "post_layernorm",
     "head": "visual_projection",
 }
-READ = {  # model_type: names, and the prefix of all but a head
+KEY_MAPS = {  # by model_type: the key map, and the prefix of all keys but those of the head
     "vit": (VIT, "vit."),
     "vit_mae": (VIT, "vit."),
     "dinov2": (DINOV2, "dinov2."),
@@ -59,18 +69,7 @@ READ = {  # model_type: names, and the prefix of all but a head
     "clip": (CLIP, "vision_model."),
     "clip_vision_model": (CLIP, "vision_model."),
 }
-DINOV2_SWITCHES = ("no_embed_class", "layerscale_value", "mlp", "pooling")
-WRITTEN = {  # the classes without and with a head, and the switches in which they may differ from a plain network
-    "vit": ("ViTModel", "ViTForImageClassification", ("no_embed_class",)),
-    "dinov2": ("Dinov2Model", "Dinov2ForImageClassification", DINOV2_SWITCHES),
-    "dinov2_with_registers": (
-        "Dinov2WithRegistersModel",
-        "Dinov2WithRegistersForImageClassification",
-        (*DINOV2_SWITCHES, "num_register_tokens"),
-    ),
-    "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection", ("pre_norm",)),
-}
-PLAIN = {
+PLAIN = {  # the switches of our config, and their values in a ViT without any extras
     "use_class_token": True,
     "pooling": "cls",
     "fc_norm": False,
@@ -80,138 +79,185 @@ PLAIN = {
     "mlp": "mlp",
     "layerscale_value": None,
 }
+DINOV2_SWITCHES = ("no_embed_class", "layerscale_value", "mlp", "pooling")
+TARGETS = {  # by model_type: the classes without and with a head, and the switches that need not have the plain value
+    "vit": ("ViTModel", "ViTForImageClassification", ("no_embed_class",)),
+    "dinov2": ("Dinov2Model", "Dinov2ForImageClassification", DINOV2_SWITCHES),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersForImageClassification",
+        (*DINOV2_SWITCHES, "num_register_tokens"),
+    ),
+    "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection", ("pre_norm",)),
+}
 
 
-def check_type(kind: str):
-    """Raises ValueError for a model_type that is no plain ViT's."""
-    refuse(kind)
-    if kind not in READ:
-        raise ValueError(f"expected a plain ViT of the types {', '.join(READ)}, got {kind}")
+# From transformers
 
 
-def from_transformers(theirs: PretrainedConfig, tensors: Tensors, notes: list[str]) -> tuple[ViTSimpleConfig, Tensors]:
-    """Config and tensors of ours from those of transformers; `notes` gets a line for all that is left out.
+def check_type(model_type: str):
+    """Raises UserError if a model type is not a plain ViT."""
+    refuse(model_type)
+    if model_type not in KEY_MAPS:
+        raise UserError(f"model_type: expected a plain ViT ({', '.join(KEY_MAPS)}), got {model_type}")
+
+
+def from_transformers(config: PretrainedConfig, tensors: Tensors, report: list[str]) -> tuple[ViTSimpleConfig, Tensors]:
+    """Our config and tensors from those of transformers; `report` gets a line for everything that is dropped.
 
     Raises:
-        ValueError: another family, or tensors that the config does not describe.
+        UserError: another family, or tensors that contradict the config.
     """
-    kind, vision = theirs.model_type, getattr(theirs, "vision_config", theirs)
-    check_type(kind)
-    names, prefix = READ[kind]
-    tensors = drop({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, notes)
+    model_type, vision = config.model_type, getattr(config, "vision_config", config)
+    check_type(model_type)
+    key_map, prefix = KEY_MAPS[model_type]
+    tensors = drop({key.removeprefix(prefix): tensor for key, tensor in tensors.items()}, report)
     fields = {name: getattr(vision, name) for name in OWN_FIELDS if hasattr(vision, name)}
-    if names is CLIP:
+    if key_map is CLIP:
         fields |= {"pre_norm": True, "attention_probs_dropout_prob": vision.attention_dropout}
-        fields |= read_projection(tensors, notes)
-    if names is DINOV2:
+        fields |= read_clip_projection(tensors, report)
+    if key_map is DINOV2:
         fields |= {"intermediate_size": dinov2_width(vision.hidden_size, vision.mlp_ratio, vision.use_swiglu_ffn)}
         if vision.use_swiglu_ffn:
-            names, fields = DINOV2_GIANT, fields | {"mlp": "swiglu", "hidden_act": "silu"}
-        fields |= read_halves(tensors, notes)
-    if kind == "dinov2_with_registers" and {names["cls_token"], names["pos_embed"]} <= tensors.keys():
-        table = tensors[names["pos_embed"]]
-        token = tensors[names["cls_token"]]
-        tensors[names["cls_token"]] = (token.float() + table[:, :1].float()).to(token.dtype)
-        tensors[names["pos_embed"]] = table[:, 1:].contiguous()
-        fields["no_embed_class"] = True
+            key_map, fields = DINOV2_GIANT, fields | {"mlp": "swiglu", "hidden_act": "silu"}
+        fields |= read_dinov2_head(tensors, report)
+    if model_type == "dinov2_with_registers":
+        fields |= move_class_position(tensors, key_map["cls_token"], key_map["pos_embed"])
     if "classifier.weight" in tensors:
-        fields |= {"id2label": theirs.id2label, "label2id": theirs.label2id, "problem_type": theirs.problem_type}
-    config = ViTSimpleConfig(**fields)
-    return config, import_state_dict(tensors, names, config)
+        fields |= {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
+    our_config = build_config(**fields)
+    return our_config, import_state_dict(tensors, key_map, our_config)
 
 
-def read_projection(tensors: Tensors, notes: list[str]) -> dict:
-    """The fields for CLIP's head, a projection without a bias; a head of another class is taken out."""
-    drop_head(tensors, notes, "on the mean of patches that no LayerNorm has seen")
+def move_class_position(tensors: Tensors, class_token: str, positions: str) -> dict:
+    """Adds the position of the class token to the token, since we have no positions before register tokens."""
+    if not {class_token, positions} <= tensors.keys():
+        return {}  # import_state_dict says what is missing
+    token, table = tensors[class_token], tensors[positions]
+    tensors[class_token] = (token.float() + table[:, :1].float()).to(token.dtype)
+    tensors[positions] = table[:, 1:].contiguous()
+    return {"no_embed_class": True}
+
+
+def read_clip_projection(tensors: Tensors, report: list[str]) -> dict:
+    """The fields for CLIP's projection, which becomes a head with a bias of zeros; any other head is dropped."""
+    drop_head(tensors, report, "on the mean of the patches without LayerNorm")
     if "visual_projection.weight" not in tensors:
         return {}
     features = len(tensors["visual_projection.weight"])
     tensors["visual_projection.bias"] = tensors["visual_projection.weight"].new_zeros(features)
-    notes.append(f"the head is CLIP's projection to {features} features, which are no classes")
+    report.append(f"the head is CLIP's projection: its {features} outputs are features, not classes")
     names = [f"feature {number}" for number in range(features)]
     return label_maps(names)
 
 
-def read_halves(tensors: Tensors, notes: list[str]) -> dict:
-    """The fields for DINOv2's head, whose kernel has a half for the class token and one for the mean of the patches."""
+def read_dinov2_head(tensors: Tensors, report: list[str]) -> dict:
+    """The pooling for DINOv2's head, which reads the class token beside the mean of the patches.
+
+    If one half of its weight is zero, the other half is our head; else the head is dropped.
+    """
     if "classifier.weight" not in tensors:
         return {}
     halves = dict(zip(("cls", "mean"), tensors["classifier.weight"].chunk(2, dim=1)))
     used = [pooling for pooling, half in halves.items() if half.any()] or ["cls"]
     if len(used) != 1:
-        drop_head(tensors, notes, "on class token and mean of the patches together")
+        drop_head(tensors, report, "on the class token and the mean of the patches together")
         return {}
     tensors["classifier.weight"] = halves[used[0]].contiguous()
     return {"pooling": used[0]}
 
 
-def drop_head(tensors: Tensors, notes: list[str], what: str):
-    found = [name for name in tensors if name.startswith("classifier.")]
-    if found:
-        notes.append(f"dropped a head {what}, which this network does not have: {join_names(found)}")
-    for name in found:
-        del tensors[name]
+def drop_head(tensors: Tensors, report: list[str], description: str):
+    keys = [key for key in tensors if key.startswith("classifier.")]
+    if keys:
+        report.append(f"dropped a head {description}, which ViTSimple does not support: {join_names(keys)}")
+    for key in keys:
+        del tensors[key]
 
 
 def dinov2_width(hidden_size: int, mlp_ratio: int, swiglu: bool) -> int:
-    """The hidden width of DINOv2's MLP, with a gate that behind it (DINOv2's code rounds it up to a multiple of 8)."""
+    """The hidden width of DINOv2's MLP; for SwiGLU, two thirds of it, rounded up to a multiple of 8."""
     width = int(hidden_size * mlp_ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if swiglu else width
 
 
+# To transformers
+
+
 def to_transformers(config: ViTSimpleConfig, tensors: Tensors) -> tuple[PretrainedConfig, Tensors]:
-    """Config and tensors of transformers from those of ours.
+    """Config and tensors of transformers from ours.
 
     Raises:
-        ValueError: names what no network of transformers has.
+        UserError: names the fields that no model of transformers supports.
     """
     config, tensors = with_learned_positions(config, tensors)
-    if config.pre_norm:
-        kind = "clip_vision_model"
-    elif config.layerscale_value is None:
-        kind = "vit"
-    else:
-        kind = "dinov2_with_registers" if config.num_register_tokens else "dinov2"
-    (names, prefix), (backbone, classifier, switches) = READ[kind], WRITTEN[kind]
-    has_head = "head.weight" in tensors
-    their_class = CONFIG_MAPPING[kind]
-    fields = {name: getattr(config, name) for name in OWN_FIELDS if hasattr(their_class(), name)}
-    held = {name: getattr(config, name) == PLAIN[name] for name in PLAIN if name not in switches}
-    if kind == "dinov2_with_registers":
-        held["no_embed_class"] = config.no_embed_class
-    if kind.startswith("dinov2"):
-        swiglu = config.mlp == "swiglu"
-        ratios = {dinov2_width(config.hidden_size, ratio, swiglu): ratio for ratio in range(1, 17)}
-        held["intermediate_size"] = config.intermediate_size in ratios
-        fields |= {"mlp_ratio": ratios.get(config.intermediate_size), "use_swiglu_ffn": swiglu}
-        names = DINOV2_GIANT if swiglu else DINOV2
-    if kind == "clip_vision_model":
-        fields |= {"attention_dropout": config.attention_probs_dropout_prob}
-        held |= {"qkv_bias": config.qkv_bias}
-    if kind != "vit":  # the others take the square root of the number of patches
-        held |= {name: len(set(pair(getattr(config, name)))) == 1 for name in ("image_size", "patch_size")}
-    if not all(held.values()):
-        other = [f"{name}={getattr(config, name)!r}" for name, fits in held.items() if not fits]
-        raise ValueError(f"--to transformers: expected what {backbone} can hold, got {', '.join(other)}")
-
+    model_type, has_head = target_type(config), "head.weight" in tensors
+    check_supported(config, model_type)
+    (key_map, prefix), (backbone, classifier, _) = KEY_MAPS[model_type], TARGETS[model_type]
+    if model_type.startswith("dinov2") and config.mlp == "swiglu":
+        key_map = DINOV2_GIANT
+    if not has_head and model_type != "clip_vision_model":
+        prefix = ""
     tensors = dict(tensors)
     if config.no_embed_class:
         tensors["pos_embed"] = F.pad(tensors["pos_embed"], (0, 0, 1, 0))
-    if kind == "clip_vision_model":
+    if model_type == "clip_vision_model":
         tensors |= {"cls_token": tensors["cls_token"].flatten(), "pos_embed": tensors["pos_embed"][0]}
         if has_head and tensors.pop("head.bias").any():
-            raise ValueError(f"--to transformers: expected what {classifier} can hold, got a bias, head.bias")
+            raise UserError(f"--to transformers: {classifier} does not support head.bias")
+    if model_type.startswith("dinov2") and has_head:  # its head reads class token and mean of the patches side by side
+        weight = tensors["head.weight"]
+        halves = [weight if pooling == config.pooling else torch.zeros_like(weight) for pooling in ("cls", "mean")]
+        tensors["head.weight"] = torch.cat(halves, dim=1)
+    exported = export_state_dict(tensors, key_map, prefix)
+    if model_type.startswith("dinov2"):
+        exported[f"{prefix}embeddings.mask_token"] = tensors["cls_token"].new_zeros(1, config.hidden_size)
+    fields = target_fields(config, model_type, has_head)
+    return CONFIG_MAPPING[model_type](**fields, architectures=[classifier if has_head else backbone]), exported
+
+
+def target_type(config: ViTSimpleConfig) -> str:
+    """The model type of transformers that comes closest."""
+    if config.pre_norm:
+        return "clip_vision_model"
+    if config.layerscale_value is None:
+        return "vit"
+    return "dinov2_with_registers" if config.num_register_tokens else "dinov2"
+
+
+def check_supported(config: ViTSimpleConfig, model_type: str):
+    """Raises UserError if a model type of transformers does not support a field of ours."""
+    backbone, _, switches = TARGETS[model_type]
+    supported = {name: getattr(config, name) == PLAIN[name] for name in PLAIN if name not in switches}
+    if model_type == "dinov2_with_registers":
+        supported["no_embed_class"] = config.no_embed_class
+    if model_type.startswith("dinov2"):
+        supported["intermediate_size"] = dinov2_ratio(config) is not None
+    if model_type == "clip_vision_model":
+        supported["qkv_bias"] = config.qkv_bias
+    if model_type != "vit":  # the others take the square root of the number of patches
+        supported |= {name: len(set(pair(getattr(config, name)))) == 1 for name in ("image_size", "patch_size")}
+    if not all(supported.values()):
+        fields = [f"{name}={getattr(config, name)!r}" for name, is_supported in supported.items() if not is_supported]
+        raise UserError(f"--to transformers: {backbone} does not support {', '.join(fields)}")
+
+
+def dinov2_ratio(config: ViTSimpleConfig) -> int | None:
+    """The mlp_ratio for which DINOv2's MLP has our width, None if there is none."""
+    ratios = range(1, 17)
+    widths = [dinov2_width(config.hidden_size, ratio, config.mlp == "swiglu") for ratio in ratios]
+    return dict(zip(widths, ratios)).get(config.intermediate_size)
+
+
+def target_fields(config: ViTSimpleConfig, model_type: str, has_head: bool) -> dict:
+    """The fields of the config of transformers."""
+    defaults = CONFIG_MAPPING[model_type]()
+    fields = {name: getattr(config, name) for name in OWN_FIELDS if hasattr(defaults, name)}
+    if model_type.startswith("dinov2"):
+        fields |= {"mlp_ratio": dinov2_ratio(config), "use_swiglu_ffn": config.mlp == "swiglu"}
+    if model_type == "clip_vision_model":
+        fields |= {"attention_dropout": config.attention_probs_dropout_prob}
         fields |= {"projection_dim": config.num_labels} if has_head else {}
     elif has_head:
-        labels = ("id2label", "label2id", "problem_type")
-        fields |= {name: getattr(config, name) for name in labels}
-    if kind.startswith("dinov2") and has_head:
-        kernel = tensors["head.weight"]
-        halves = [kernel if part == config.pooling else torch.zeros_like(kernel) for part in ("cls", "mean")]
-        tensors["head.weight"] = torch.cat(halves, dim=1)
-    theirs = export_state_dict(tensors, names, prefix if has_head or kind == "clip_vision_model" else "")
-    if kind.startswith("dinov2"):
-        theirs[f"{prefix if has_head else ''}embeddings.mask_token"] = tensors["cls_token"].new_zeros(
-            1, config.hidden_size
-        )
-    return their_class(**fields, architectures=[classifier if has_head else backbone]), theirs
+        fields |= {name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")}
+    return fields

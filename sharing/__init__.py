@@ -1,1 +1,1 @@
-"""A run's folder comes in; a record, a model card and a verified upload go out."""
+"""The folder of a run or a conversion comes in; a record, a model card and a verified upload go out."""

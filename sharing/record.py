@@ -1,4 +1,4 @@
-"""provenance.json and the other JSON of a folder: how a checkpoint came to be, and what was measured."""
+"""provenance.json: how a checkpoint was made."""
 
 import importlib.metadata
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .. import __version__
 from ..files import RECORD, ROOT, read_json, write_atomically
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "kornia", "safetensors", "numpy")
@@ -25,27 +26,39 @@ def processor_name() -> str:
 
 
 def hardware() -> str:
-    """The processors that this process computes on."""
+    """The devices that this process computes on."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} cores of {processor_name()}"
 
 
+def versions() -> dict[str, str]:
+    """The versions of Python, of this package and of those that it needs."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "vit_simple": __version__, **packages}
+
+
+def source_commit() -> str | None:
+    """The git commit of this package, None if it is installed without its repository."""
+
+    def git(*arguments) -> str:
+        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
+
+    repository = git("rev-parse", "--show-toplevel")
+    if not repository or not ROOT.samefile(repository):  # a repository above an installed package is another one
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
 def record(folder: Path, **facts):
-    """Adds to provenance.json how the checkpoint came to be: the command, the machine, versions, and `facts`."""
-    found = read_json(folder / RECORD)
-
-    def git(*words) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
-
-    here = (top := git("rev-parse", "--show-toplevel")) and ROOT.samefile(top)  # not of a folder above
+    """Adds the command, the machine, the versions and `facts` to provenance.json; facts that are None are left out."""
+    content = read_json(folder / RECORD)
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    found |= {
-        "commands": list(dict.fromkeys([*found.get("commands", []), command])),
+    content |= {
+        "commands": list(dict.fromkeys([*content.get("commands", []), command])),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if here else None,
+        "versions": versions(),
+        "commit": source_commit(),
         **{name: value for name, value in facts.items() if value is not None},
     }
-    write_atomically(folder / RECORD, json.dumps(found, indent=2) + "\n")
+    write_atomically(folder / RECORD, json.dumps(content, indent=2) + "\n")

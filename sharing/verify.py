@@ -1,4 +1,4 @@
-"""Whether a folder can be shared: its files, its secrets, and what it gives in a fresh process."""
+"""Checks before and after an upload: the files, secrets in them, and the model's outputs in a fresh process."""
 
 import os
 import re
@@ -6,31 +6,33 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from huggingface_hub import get_token
 from safetensors.torch import load_file
 
-from ..configuration_vit_simple import AUTO_MAP, ViTSimpleConfig, refuse_kernels
+from ..configuration_vit_simple import AUTO_MAP, ViTSimpleConfig
+from ..conversion.convert import open_config, read_config
 from ..conversion.state_dict import import_state_dict, join_names, load_tensors
-from ..files import CODE, RECORD, ROOT, has_head, read_json
+from ..files import CODE, PREPROCESSOR, RECORD, ROOT, SAFETENSORS, UserError, has_head, read_json
 
-NEEDED = ("config.json", "preprocessor_config.json", *CODE)
+REQUIRED = ("config.json", PREPROCESSOR, *CODE)
 OPTIONAL = (RECORD, "train_config.yaml", "metrics.jsonl", "curves.png", "confusion.png", "predictions.png")
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-SECRETS = re.compile(  # of the Hub, GitHub, GitLab, Slack, OpenAI, Google and AWS; private keys; passwords in addresses
+SECRETS = re.compile(  # of the Hub, GitHub, GitLab, Slack, OpenAI, Google and AWS; private keys; passwords in URLs
     rb"\b(hf|api_org|gh[pousr]|github_pat)_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_-]{20,}|\bxox[abeprs]-[A-Za-z0-9-]{10,}"
     rb"|\bsk-(?=\S*\d)(?=\S*[A-Z])[A-Za-z0-9_-]{20,}|\bAIza[A-Za-z0-9_-]{35}|\b(AKIA|ASIA)[A-Z0-9]{16}\b"
     rb"|PRIVATE KEY( BLOCK)?-----|://[^/\s:@]+:[^/\s:@]+@"
 )
-SECRET_NAMES = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY)$", re.IGNORECASE)  # of variables
-CACHES = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE"}
+SECRET_VARIABLES = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY)$", re.IGNORECASE)
+CACHE_VARIABLES = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE"}
+# Loads a checkpoint as a user would and saves what it computes from random images.
 FRESH_PROCESS = """
 import sys, PIL.Image, torch, transformers
 from safetensors.torch import save_file
 
-source, revision, auto_class, out, code = sys.argv[1:]
+source, revision, auto_class, output_file, code = sys.argv[1:]
 options = {"revision": revision} if revision else {}
 processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
 if code == "remote":
@@ -38,104 +40,106 @@ if code == "remote":
 else:
     import vit_simple
 model = getattr(transformers, auto_class).from_pretrained(source, **options).eval()
-channels, size, draw = model.config.num_channels, model.config.image_size, torch.Generator().manual_seed(0)
+channels, size, generator = model.config.num_channels, model.config.image_size, torch.Generator().manual_seed(0)
 if processor.do_resize:
-    pixels = torch.randint(256, (2, 40, 60, 3), dtype=torch.uint8, generator=draw).numpy()
+    pixels = torch.randint(256, (2, 40, 60, 3), dtype=torch.uint8, generator=generator).numpy()
     inputs = processor([PIL.Image.fromarray(image) for image in pixels], return_tensors="pt")
-else:  # arrays, which no pipeline takes
+else:  # a model of arrays, which no pipeline takes
     shape = (2, channels, *([size, size] if isinstance(size, int) else size))
-    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=draw).numpy()
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator).numpy()
     inputs = processor(list(pixels), input_data_format="channels_first", return_tensors="pt")
 with torch.no_grad():
     output = model(inputs.pixel_values)
-found = {name: output[name].contiguous() for name in ("logits", "pooler_output") if name in output}
+outputs = {name: output[name].contiguous() for name in ("logits", "pooler_output") if name in output}
 if processor.do_resize and "logits" in output:
-    answer = transformers.pipeline("image-classification", model=source, device="cpu", top_k=10**6, **options)
-    scores = {row["label"]: row["score"] for row in answer(PIL.Image.fromarray(pixels[0]))}
-    found["scores"] = torch.tensor([scores[name] for name in model.config.id2label.values()])
-save_file(found, out)
+    predict = transformers.pipeline("image-classification", model=source, device="cpu", top_k=10**6, **options)
+    scores = {answer["label"]: answer["score"] for answer in predict(PIL.Image.fromarray(pixels[0]))}
+    outputs["scores"] = torch.tensor([scores[name] for name in model.config.id2label.values()])
+save_file(outputs, output_file)
 """
 
 
+# The folder
+
+
 def check(folder: Path) -> tuple[list[str], list[str]]:
-    """The files of a checkpoint that may be uploaded beside its card, and what a user should be told of them.
+    """The files of a checkpoint to upload beside its card, and warnings for the user.
 
     Raises:
-        ValueError: something is missing or damaged, config.json names attention kernels of the Hub, or the labels have
-            no names.
+        UserError: a file is missing or damaged, config.json names attention kernels of the Hub, or the classes have no
+            names.
     """
-    missing = [name for name in NEEDED if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"FOLDER: expected {', '.join(NEEDED)} in {folder}, without {', '.join(missing)}")
-    content = read_json(folder / "config.json")
-    refuse_kernels(content)
+    if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
+        raise UserError(f"FOLDER: {folder} has no {', '.join(missing)}; a checkpoint needs {', '.join(REQUIRED)}")
+    content = read_config(folder)
     if content.get("model_type") != ViTSimpleConfig.model_type or content.get("auto_map") != AUTO_MAP:
-        raise ValueError(f"config.json: expected model_type vit_simple with the auto_map {AUTO_MAP}")
-    config = ViTSimpleConfig.from_pretrained(folder)
-    weights = sorted(path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
+        raise UserError(f"config.json: expected model_type vit_simple and the auto_map {AUTO_MAP}")
+    config = open_config(folder, ViTSimpleConfig)
+    weights = sorted(path.name for path in folder.iterdir() if is_weights(path.name))
     tensors = load_tensors([folder / name for name in weights if name.endswith(".safetensors")])
     import_state_dict(tensors, {}, config)
     if has_head(content) != ("head.weight" in tensors):
-        raise ValueError(
-            f"config.json: expected architectures that fit the weights, got {content.get('architectures')}"
-        )
+        raise UserError(f"config.json: architectures {content.get('architectures')} do not match the weights")
     names = list(config.id2label.values())
     if has_head(content) and any(re.fullmatch(r"LABEL_\d+", name) for name in names):
-        raise ValueError(f"config.json: expected names of the labels in id2label and label2id, got {join_names(names)}")
-    files = [*NEEDED, *weights, *(name for name in OPTIONAL if (folder / name).is_file())]
-    differing = [name for name in CODE if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
-    return files, [f"{name} is not the installed one; the checkpoint keeps its own" for name in differing]
+        raise UserError(f"config.json has no class names ({join_names(names)}); set id2label and label2id")
+    files = [*REQUIRED, *weights, *(name for name in OPTIONAL if (folder / name).is_file())]
+    changed = [name for name in CODE if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
+    return files, [f"{name} differs from the installed one; the checkpoint keeps its own" for name in changed]
+
+
+def is_weights(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in (*SAFETENSORS, "model.safetensors.index.json"))
 
 
 def refuse_secrets(files: dict[str, bytes]):
-    """Raises ValueError for a file with something that looks like a token or a key, or with one of this machine's."""
-    own = {name: value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) > 7}
-    own |= {"the Hub's token": token} if (token := get_token()) else {}
+    """Raises UserError if a file contains a secret of this machine or what looks like a token, a key or a password."""
+    values = {name: text for name, text in os.environ.items() if SECRET_VARIABLES.search(name) and len(text) > 7}
+    values |= {"the Hub token": token} if (token := get_token()) else {}
     for file, content in files.items():
-        if file.endswith(".safetensors"):  # its header: tensors have no words
+        if file.endswith(".safetensors"):  # only the header is text
             content = content[: 8 + int.from_bytes(content[:8], "little")]
-        named = next((name for name, value in own.items() if value.encode() in content), None)
-        if named or SECRETS.search(content):
-            what = f"the value of {named}" if named else "something that looks like a token, a key or a password"
-            raise ValueError(f"{file}: expected no secrets, got {what}")
+        name = next((name for name, text in values.items() if text.encode() in content), None)
+        if name or SECRETS.search(content):
+            secret = f"the value of {name}" if name else "what looks like a token, a key or a password"
+            raise UserError(f"{file} contains {secret}: remove it before you share the checkpoint")
+
+
+# The outputs
 
 
 def fresh_outputs(
-    source: str, revision: str = "", remote: bool = True, auto_class: str = "AutoModel"
+    source: str, revision: str = "", code: str = "remote", auto_class: str = "AutoModel"
 ) -> dict[str, torch.Tensor]:
-    """What a checkpoint makes of fixed images in a fresh process with empty caches.
+    """The outputs of a checkpoint for fixed images, computed in a fresh process with empty caches.
 
     Args:
         source, revision: a folder, or a repository and its commit.
-        remote: with the code of the checkpoint, else with that of the installed package.
-        auto_class: the Auto class.
+        code: "remote" for the checkpoint's own code, "local" for that of the installed package.
+        auto_class: the Auto class that loads it.
 
     Raises:
-        ValueError: it does not load there, with what that process said last.
+        UserError: it does not load there; with the last line of that process.
     """
     with tempfile.TemporaryDirectory() as home:
-        variables = {name: value for name, value in os.environ.items() if name not in CACHES}
+        variables = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}
         variables |= {"HF_HOME": home, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         variables |= {"HF_TOKEN": get_token() or ""} if revision else {"HF_HUB_OFFLINE": "1"}
-        command = [
-            sys.executable,
-            "-c",
-            FRESH_PROCESS,
-            source,
-            revision,
-            auto_class,
-            f"{home}/out",
-            "remote" if remote else "local",
-        ]
+        arguments = [source, revision, auto_class, f"{home}/outputs", code]
+        command = [sys.executable, "-c", FRESH_PROCESS, *arguments]
         result = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True)
         if result.returncode:
-            raise ValueError(f"{source} does not load in a fresh process: {result.stderr.strip().splitlines()[-1]}")
-        return load_file(f"{home}/out")
+            raise UserError(f"{source} does not load in a fresh process: {result.stderr.strip().splitlines()[-1]}")
+        return load_file(f"{home}/outputs")
 
 
-def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """The outputs that are not the same bit for bit."""
-    return [name for name in one | other if name not in one or name not in other or not one[name].equal(other[name])]
+def differences(outputs: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> list[str]:
+    """The names of the outputs that are not equal bit for bit."""
+    return [
+        name
+        for name in outputs | others
+        if name not in outputs or name not in others or not outputs[name].equal(others[name])
+    ]
 
 
 def auto_class_of(folder: Path) -> str:
@@ -143,10 +147,14 @@ def auto_class_of(folder: Path) -> str:
 
 
 def local_outputs(folder: Path) -> dict[str, torch.Tensor]:
-    """What the folder gives in a fresh process. Raises ValueError, if the installed package gives something else."""
-    ways = [(str(folder.resolve()), "", remote, auto_class_of(folder)) for remote in (True, False)]
+    """The outputs of a folder in a fresh process.
+
+    Raises:
+        UserError: the folder's own code and the installed package compute different outputs.
+    """
     with ThreadPoolExecutor() as pool:
-        found, installed = pool.map(lambda way: fresh_outputs(*way), ways)
-    if wrong := differences(found, installed):
-        raise ValueError(f"{folder}: its code and the installed package give other {', '.join(wrong)}")
-    return found
+        source, auto_class = str(folder.resolve()), auto_class_of(folder)
+        own, installed = pool.map(lambda code: fresh_outputs(source, "", code, auto_class), ("remote", "local"))
+    if names := differences(own, installed):
+        raise UserError(f"{folder}: its code and the installed package compute different {', '.join(names)}")
+    return own

@@ -1,12 +1,15 @@
-"""A small Hugging Face Hub on 127.0.0.1, which the real client talks to when HF_ENDPOINT names it.
+"""A small Hugging Face Hub on 127.0.0.1: a test double for pushes and downloads by the real client.
 
     with Hub({"hf_good": "user"}) as hub:
         hub.faults.append(Fault("/commit/", cut="answer"))
         subprocess.run(command, env=hub.environment(home, "hf_good"))
         hub.repos["models/user/name"].at("main").files["README.md"]
 
-Two servers run: the Hub, and the storage of LFS files, to which the Hub redirects and which refuses any token, as S3
-does. There are models and datasets, branches, tags and pull requests; no discussions, no Xet and no pages.
+A process whose HF_ENDPOINT names it talks to it as to huggingface.co. So the tests of sharing/ run the code that users
+run, and see what it does when requests fail. Two servers run: the Hub, and the storage of LFS files, to which the Hub
+redirects and which, like S3, refuses requests with a token. There are models and datasets, branches, tags and pull
+requests. There are no discussions, no Xet storage, no web pages and no commit history; add a route when a test of ours
+needs one. test_hub.py checks that the client of huggingface_hub understands the answers.
 """
 
 import base64
@@ -47,12 +50,12 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """What befalls the next `times` requests whose path (with its query) and method match these regular expressions.
+    """A fault of the next `times` requests whose path (with query) and method match these regular expressions.
 
-    status: answered in place of handling the request, with `Retry-After` if retry_after (seconds) is given
-    cut: the connection ends before the "request" is read; in the middle of its "upload", which is forgotten; after it
-        was handled, but before the "answer"; or in the middle of the answer, which is a "download"
-    delay: seconds to wait before any of this
+    status: the answer, instead of handling the request, with `Retry-After` if retry_after (seconds) is given
+    cut: when the connection ends: before the "request" is read; in the middle of its "upload", which is then ignored;
+        after it was handled, but before the "answer"; in the middle of the answer ("download")
+    delay: seconds to wait first
     """
 
     path: str = ""
@@ -85,11 +88,11 @@ class Answer(NamedTuple):
 
 
 class Refusal(Exception):
-    """An answer that says why not; the client chooses its exception by `code`."""
+    """An error response; the client chooses its exception by `code`."""
 
     def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] = NOTHING, **details):
-        said = message.encode("ascii", "backslashreplace").decode()  # file names may be in any script
-        headers = {**headers, "X-Error-Message": said, **({"X-Error-Code": code} if code else {})}
+        ascii_message = message.encode("ascii", "backslashreplace").decode()  # file names may be in any script
+        headers = {**headers, "X-Error-Message": ascii_message, **({"X-Error-Code": code} if code else {})}
         self.answer = Answer(status, json.dumps({"error": message, **details}).encode(), headers)
 
 
@@ -106,10 +109,10 @@ def git_hash(content: bytes) -> str:
 
 
 def metadata(card: bytes) -> dict:
-    """What a README.md says between its first two lines of `---`."""
-    found = re.match(rb"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
+    """The YAML metadata of a README.md."""
+    block = re.match(rb"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
     try:
-        return dict((yaml.safe_load(found[1]) if found else None) or {})
+        return dict((yaml.safe_load(block[1]) if block else None) or {})
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise Refusal(400, "Invalid metadata", errors=[{"message": str(error)}]) from error
 
@@ -134,25 +137,13 @@ class Commit:
     def folders(self) -> set[str]:
         return {str(parent) for path in self.files for parent in PurePosixPath(path).parents} - {"."}
 
-    def below(self, path: str) -> dict[str, bytes]:
-        return {file: self.files[file] for file in self.files if file == path or file.startswith(f"{path}/")}
-
-    def row(self, path: str, expand: bool = False) -> dict:
-        """What the Hub tells of a file or a folder; `expand` adds the last commit that changed it."""
-        inside, more = self.below(path), {}
-        if expand:
-            *_, last = (each for each in self.history() if each.below(path) == inside)
-            more = {"lastCommit": {"id": last.sha, "title": last.title, "date": last.date}}
+    def row(self, path: str) -> dict:
+        """The entry of a file or a folder in a listing."""
         if path not in self.files:
-            return {
-                "type": "directory",
-                "path": path,
-                "size": 0,
-                "oid": git_hash(repr(sorted(inside)).encode()),
-                **more,
-            }
+            inside = sorted(file for file in self.files if file.startswith(f"{path}/"))
+            return {"type": "directory", "path": path, "size": 0, "oid": git_hash(repr(inside).encode())}
         content, oid = self.files[path], sha256(self.files[path])
-        row = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content), **more}
+        row = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
         if is_lfs(path, len(content)):
             pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(content)}\n"
             row["oid"] = git_hash(pointer.encode())
@@ -192,7 +183,7 @@ class Repo:
 
 
 def route(methods: str, path: str) -> Callable:
-    """Has a method of Handler answer such requests; `kind` and `name` in the path reach it as the Repo."""
+    """Decorates a method of Handler that answers such requests; it gets `kind` and `name` in the path as a Repo."""
     return lambda function: ROUTES.append((re.compile(f"(?:{methods}) {path}"), function)) or function
 
 
@@ -254,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
         return repo
 
     def writer(self, name: str, foreign: bool = False) -> str:
-        """The user who asks, and who must own the repository of this name unless it is open to `foreign` users."""
+        """The user of the request, who must own the repository of this name unless `foreign` users may write."""
         user = self.user()
         if user is None:
             raise Refusal(401, "Invalid username or password.")
@@ -263,14 +254,12 @@ class Handler(BaseHTTPRequestHandler):
         return user
 
     def content(self, content: bytes, headers: Mapping[str, str]) -> Answer:
-        """A file, or the range of it that was asked for."""
+        """A file, or the requested range of it."""
         size, headers = len(content), {**headers, "Accept-Ranges": "bytes"}
-        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if asked is None:
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if requested is None:
             return Answer(200, content, headers)
-        first, last = asked.groups()
-        start = int(first) if first else max(0, size - int(last))
-        stop = min(size, int(last) + 1) if first and last else size
+        start, stop = int(requested[1]), min(size, int(requested[2] or size) + 1)
         if start >= stop:
             raise Refusal(416, "The range is not in the file", headers={"Content-Range": f"bytes */{size}"})
         return Answer(206, content[start:stop], {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"})
@@ -318,15 +307,15 @@ class Handler(BaseHTTPRequestHandler):
         folders = commit.folders()
         if path and path not in folders:
             raise Refusal(404, f"{path} does not exist on {revision}", "EntryNotFound")
-        deep, expand = (self.query.get(name) == ["true"] for name in ("recursive", "expand"))
+        recursive = self.query.get("recursive") == ["true"]
         inside = [each for each in sorted({*commit.files, *folders}) if each.startswith(prefix)]
-        return [commit.row(each, expand) for each in inside if deep or "/" not in each[len(prefix) :]]
+        return [commit.row(each) for each in inside if recursive or "/" not in each[len(prefix) :]]
 
     @route("POST", f"{API}/paths-info{REVISION}")
     def paths_info(self, repo: Repo, revision: str):
         commit, form = repo.at(revision), parse_qs(self.body.decode())
         known = {*commit.files, *commit.folders()}
-        return [commit.row(path, form.get("expand") == ["true"]) for path in form["paths"] if path in known]
+        return [commit.row(path) for path in form["paths"] if path in known]
 
     @route("GET", f"{API}/refs")
     def references(self, repo: Repo):
@@ -336,13 +325,6 @@ class Handler(BaseHTTPRequestHandler):
             _, kind, name = ref.split("/", 2)
             found[kinds[kind]].append({"name": name, "ref": ref, "targetCommit": sha})
         return found
-
-    @route("GET", f"{API}/commits{REVISION}")
-    def commits(self, repo: Repo, revision: str):
-        return [
-            {"id": c.sha, "title": c.title, "message": c.message, "date": c.date, "authors": [{"user": c.author}]}
-            for c in repo.at(revision).history()
-        ]
 
     @route("POST", f"{API}/(?P<pointer>branch|tag)/(?P<target>[^/]+)")
     def point(self, repo: Repo, pointer: str, target: str):
@@ -390,7 +372,7 @@ class Handler(BaseHTTPRequestHandler):
         return {**reply, "pullRequestUrl": f"{site}/discussions/{ref.split('/')[-1]}" if pull else None}
 
     def apply(self, key: str, value: dict, repo: Repo, files: dict[str, bytes]):
-        """Changes `files` as one line of a commit says."""
+        """Applies one operation of a commit to `files`."""
         path = value["path"].rstrip("/")
         if key == "file":
             files[path] = base64.b64decode(value["content"])
@@ -452,18 +434,18 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exception(), ConnectionError):  # a client that goes away is no error of ours
+        if not isinstance(sys.exception(), ConnectionError):  # a client that disconnects is not our error
             self.hub.crashes.append(sys.exception())
 
 
 class Hub:
-    """The Hub of users who are known by their tokens ({token: user name}); it is served within its context.
+    """A Hub for the users of these tokens ({token: user name}); it runs inside its context.
 
-    url: what HF_ENDPOINT must be
-    storage: the address that LFS files are sent to and fetched from
+    url: the value of HF_ENDPOINT
+    storage: the URL of the LFS files
     repos: by "models/user/name" or "datasets/user/name"
-    faults: the first that matches a request befalls it, and has one time less
-    log: every request to either address, in the order of their arrival
+    faults: the first one that matches a request is applied, and counted down
+    log: every request to either server, in order of arrival
     """
 
     def __init__(self, tokens: Mapping[str, str]):
@@ -491,7 +473,7 @@ class Hub:
             raise self.crashes[0]
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """The variables of a process that knows no Hub but this one, keeps its caches in `home` and has this token."""
+        """The environment of a process that uses this Hub alone, keeps its caches in `home` and has this token."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_"))}
         names = ("DISABLE_XET", "DISABLE_TELEMETRY", "DISABLE_UPDATE_CHECK", "DISABLE_PROGRESS_BARS")
         on = dict.fromkeys([*(f"HF_HUB_{name}" for name in names), "DISABLE_SAFETENSORS_CONVERSION"], "1")
@@ -510,11 +492,11 @@ class Hub:
         return repo
 
     def disturb(self, probability: float, seed: int = 0, faults: Sequence[Fault] = EVERY_FAULT):
-        """From now on one of those of `faults` that match a request befalls it with this probability."""
+        """From now on, a request meets a random one of the `faults` that match it, with this probability."""
         self.probability, self.random, self.disturbances = probability, random.Random(seed), faults
 
     def receive(self, request: Request) -> Fault:
-        """Logs a request and tells what befalls it."""
+        """Logs a request and returns its fault, which may be one without effect."""
         with self.lock:
             self.log.append(request)
             for fault in self.faults:

@@ -1,0 +1,232 @@
+"""The text of a model card, section by section, from what the files of a checkpoint's folder record."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+
+from ..files import PREPROCESSOR, RECORD, has_head, read_json, read_metrics
+
+PLACEHOLDER = "your-name"  # the user in snippets, until the checkpoint is pushed
+METRICS = {  # name in metrics.jsonl: the Hub's name of the metric, and the title in the card
+    "top1": ("accuracy", "top-1 accuracy"),
+    "top5": ("accuracy", "top-5 accuracy"),
+    "map": ("map", "mean average precision"),
+    "mae": ("mae", "mean absolute error"),
+    "r2": ("r_squared", "R2"),
+    "loss": ("loss", "loss"),
+}
+IMAGES = {
+    "curves.png": "Loss, score and learning rate",
+    "confusion.png": "Confusion matrix",
+    "predictions.png": "Predictions; errors are red",
+}
+CITATION = """```bibtex
+@article{dosovitskiy2020vit,
+  title = {An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale},
+  author = {Dosovitskiy, Alexey and Beyer, Lucas and Kolesnikov, Alexander and Weissenborn, Dirk and Zhai, Xiaohua and
+            Unterthiner, Thomas and Dehghani, Mostafa and Minderer, Matthias and Heigold, Georg and Gelly, Sylvain and
+            Uszkoreit, Jakob and Houlsby, Neil},
+  journal = {arXiv:2010.11929},
+  year = {2020}
+}
+```"""
+
+
+@dataclass
+class Facts:
+    """What the files of a checkpoint's folder say: provenance.json, config.json, metrics.jsonl and the others."""
+
+    folder: Path
+    record: dict
+    config: dict
+    processor: dict
+    metrics: list[dict]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Facts":
+        files = (read_json(folder / name) for name in (RECORD, "config.json", PREPROCESSOR))
+        return cls(folder, *files, read_metrics(folder))
+
+    @property
+    def result(self) -> dict:
+        """The last test result or, if nothing was tested, the last validation result; {} without either."""
+        for split in ("test", "validation"):
+            if results := [line for line in self.metrics if line["split"] == split]:
+                return results[-1]
+        return {}
+
+    @property
+    def result_metrics(self) -> list[str]:
+        """The metrics of the result that mean something: with five classes or fewer, top-5 accuracy is always 1."""
+        few_classes = len(self.config.get("id2label", {})) <= 5
+        return [name for name in METRICS if name in self.result and not (name == "top5" and few_classes)]
+
+    @property
+    def dataset(self) -> dict:
+        return self.record.get("dataset") or {}
+
+    @property
+    def base_model(self) -> str:
+        return join(self.record.get("base_model") or "")
+
+    @property
+    def task(self) -> str:
+        """The Hub's name of the task; the outputs of CLIP's projection are features."""
+        labels = self.config.get("id2label", {"": ""}).values()
+        is_projection = all(re.fullmatch(r"feature \d+", label) for label in labels)
+        return "image-classification" if has_head(self.config) and not is_projection else "image-feature-extraction"
+
+
+def join(names: str | list[str]) -> str:
+    return names if isinstance(names, str) else ", ".join(names)
+
+
+def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
+    """The sections of the card; a section without facts is left out."""
+    repo_id = repo_id or f"{PLACEHOLDER}/{facts.folder.resolve().name}"
+    images = [f"![{title}]({file})\n\n*{title}*" for file, title in IMAGES.items() if (facts.folder / file).exists()]
+    remarks = facts.record.get("remarks")
+    sections = [
+        f"# {repo_id.rpartition('/')[2]}",
+        summary(facts),
+        f"## Use\n\n{usage(facts, repo_id, tag)}",
+        f"## Results\n\n{results(facts)}" if facts.result else "",
+        *images,
+        f"## Training\n\n{training(facts)}" if (facts.folder / "train_config.yaml").exists() else "",
+        f"## Conversion\n\n{bullets(remarks)}" if remarks else "",
+        f"## Intended use and limitations\n\n{limitations(facts)}",
+        f"## Citation\n\n{CITATION}",
+    ]
+    return "\n\n".join(filter(None, sections))
+
+
+def bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def summary(facts: Facts) -> str:
+    """What the checkpoint is, and where its weights come from."""
+
+    def sides(value) -> str:
+        return " x ".join(map(str, value if isinstance(value, list) else [value, value]))
+
+    parameters = 0
+    for path in facts.folder.glob("model*.safetensors"):
+        with safetensors.safe_open(path, "pt") as file:
+            parameters += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    dataset, base, config = facts.dataset.get("name"), facts.base_model, facts.config
+    origin = ""
+    if dataset:
+        origin = f" fine-tuned from {base} on {dataset}" if base else f" trained on {dataset}"
+    elif base:
+        origin = f" with the weights of {base}"
+    return (
+        f"A plain Vision Transformer{origin}. It has {config['num_hidden_layers']} blocks of width "
+        f"{config['hidden_size']} and {parameters / 1e6:.2f} million parameters, and takes images of "
+        f"{sides(config['image_size'])} pixels in patches of {sides(config['patch_size'])}."
+    )
+
+
+def usage(facts: Facts, repo_id: str, tag: str | None) -> str:
+    """A snippet that loads the checkpoint, and how to pin a revision."""
+    options = f'"{repo_id}"' + (f', revision="{tag}"' if tag else "")
+    if facts.processor.get("do_resize") is False or facts.task == "image-feature-extraction":  # no pipeline takes these
+        name = "AutoModelForImageClassification" if has_head(facts.config) else "AutoModel"
+        lines = f"model = {name}.from_pretrained({options}, trust_remote_code=True)"
+    else:
+        name = "pipeline"
+        raw = ', function_to_apply="none"' if facts.config.get("problem_type") == "regression" else ""
+        lines = f'predict = pipeline("{facts.task}", model={options}{raw}, trust_remote_code=True)\n'
+        lines += 'predict("image.png")'
+    advice = "" if tag else '\nTo pin code and weights, add `revision="..."` with the hash of a commit.'
+    return (
+        f"```python\nfrom transformers import {name}\n\n{lines}\n```\n\n"
+        f"`trust_remote_code=True` runs the two Python files of this repository.{advice}"
+    )
+
+
+def results(facts: Facts) -> str:
+    """A table of metrics, with confidence intervals for the accuracies."""
+    result = facts.result
+    rows = []
+    for name in facts.result_metrics:
+        title, value, interval = METRICS[name][1], f"{result[name]:.4g}", ""
+        if name in ("top1", "top5"):
+            low, high = confidence_interval(result[name], result["count"])
+            value, interval = f"{100 * result[name]:.2f}%", f"{100 * low:.2f}% to {100 * high:.2f}%"
+        rows.append([title, value, interval])
+    header = ["metric", "value", "95% confidence interval"]
+    if not any(interval for *_, interval in rows):
+        header, *rows = (row[:2] for row in (header, *rows))
+    table = [header, ["---"] * len(header), *rows]
+    dataset = facts.dataset.get("name", "the dataset")
+    caption = f"On {result['count']:,} {result['split']} images of {dataset}"
+    caption += f" ({result['correct']:,} correct)" if "correct" in result else ""
+    caption += ", with averaged weights" if result.get("weights") == "ema" else ""
+    caption += f", at step {result['step']:,}" if result["step"] != facts.metrics[-1]["step"] else ""
+    return "\n".join([f"{caption}:", "", *(f"| {' | '.join(row)} |" for row in table)])
+
+
+def confidence_interval(fraction: float, count: int) -> tuple[float, float]:
+    """The 95% confidence interval of a fraction of `count` (Wilson, 1927)."""
+    z = 1.96
+    center = fraction + z**2 / (2 * count)
+    margin = z * math.sqrt(fraction * (1 - fraction) / count + z**2 / (4 * count**2))
+    return (center - margin) / (1 + z**2 / count), (center + margin) / (1 + z**2 / count)
+
+
+def training(facts: Facts) -> str:
+    """How the run was made, with all that is needed to repeat it."""
+    record, lines = facts.record, []
+    if facts.dataset:
+        revision = f" at revision `{facts.dataset['revision']}`" if facts.dataset["revision"] else ""
+        lines.append(f"dataset: {facts.dataset['name']}{revision}, {facts.dataset['images']:,} training images")
+    if steps := [line for line in facts.metrics if line["split"] == "train"]:
+        lines.append(f"length: {steps[-1]['step']:,} steps ({plural(steps[-1]['epoch'], 'epoch')})")
+        speeds = sorted(line["images_per_second"] for line in steps)
+        machine = f" on {record['hardware']}" if "hardware" in record else ""
+        lines.append(f"speed: {speeds[len(speeds) // 2]:,.0f} images per second (median){machine}")
+    if "seconds" in record:
+        lines.append(f"time: {plural(round(record['seconds']), 'second')}, including evaluation")
+    if "versions" in record:
+        lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
+    if record.get("commit"):
+        lines.append(f"commit of vit_simple: `{record['commit']}`")
+    commands = "".join(f"\n```bash\n{command}\n```\n" for command in record.get("commands", []))
+    options = (facts.folder / "train_config.yaml").read_text(encoding="utf-8").strip()
+    return (
+        f"{bullets(lines)}\n{commands}\n"
+        f"<details><summary>All options (train_config.yaml)</summary>\n\n```yaml\n{options}\n```\n\n</details>"
+    )
+
+
+def plural(count: float, noun: str) -> str:
+    return f"{count:,.4g} {noun}" if count == 1 else f"{count:,.4g} {noun}s"
+
+
+def limitations(facts: Facts) -> str:
+    """What the checkpoint is for, what it outputs, and what it was not evaluated for."""
+    labels, problem = list(facts.config.get("id2label", {}).values()), facts.config.get("problem_type")
+    classes = f"these classes: {', '.join(labels)}" if len(labels) <= 20 else f"{len(labels):,} classes"
+    lines = []
+    if facts.dataset:
+        dataset = facts.dataset["name"]
+        lines.append(f"It is meant for images like those in {dataset}, and as a starting point for fine-tuning.")
+    if not has_head(facts.config):
+        lines.append("It outputs features, not classes.")
+    elif facts.task == "image-feature-extraction":
+        lines.append("Its logits are features, not classes.")
+    elif problem == "regression":
+        lines.append(f"Its outputs are numbers, not probabilities: {', '.join(labels)}.")
+    elif problem == "multi_label_classification":
+        lines.append(f"An image can show any number of {classes}.")
+    elif len(labels) > 1:
+        lines.append(f"It always predicts one of {classes}, even for images that show none of them.")
+    if facts.result:
+        lines.append("It was not evaluated on other datasets, nor for bias across groups of people.")
+    elif facts.base_model:
+        lines.append(f"It was not evaluated in this form; see the model card of {facts.base_model}.")
+    return "\n".join(lines) or "It was not evaluated."

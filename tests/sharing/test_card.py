@@ -1,0 +1,135 @@
+import json
+
+import pytest
+from huggingface_hub import EvalResult, ModelCard
+
+from tests.conftest import tiny
+from tests.sharing.conftest import edit
+from vit_simple import __version__
+from vit_simple.files import UserError, read_metrics
+from vit_simple.sharing.card import BEGIN, END, OLD_BEGIN, build_card, user_text
+from vit_simple.sharing.card_text import confidence_interval
+
+
+def write_metrics(folder, *lines: dict):
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+# The user's part
+
+
+def test_card_is_built_again_as_it_was(folder):
+    card = (folder / "README.md").read_text()
+    assert build_card(folder) == card and card.count(BEGIN) == card.count(END) == 1
+
+
+def test_card_keeps_the_users_text_and_replaces_the_generated_text(folder):
+    edit(folder / "README.md", BEGIN, f"# Mine\n\n{BEGIN}")
+    edit(folder / "README.md", END, f"{END}\nMine, too.")
+    edit(folder / "README.md", "plain Vision Transformer", "changed Vision Transformer")
+    card = build_card(folder, "user/digits")
+    text = ModelCard(card).text.strip()
+    assert text.startswith("# Mine") and text.endswith("Mine, too.")
+    assert "changed Vision Transformer" not in card and 'model="user/digits"' in card
+
+
+def test_card_with_the_old_marker_is_updated(folder):
+    card = (folder / "README.md").read_text()
+    edit(folder / "README.md", BEGIN, f"# Mine\n\n{OLD_BEGIN}")
+    assert user_text((folder / "README.md").read_text()) == "# Mine"
+    assert build_card(folder) == card.replace(BEGIN, f"# Mine\n\n{BEGIN}")
+
+
+def test_card_without_markers_keeps_its_text_and_gets_metadata(folder):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nBy the user.\n")
+    card = ModelCard(build_card(folder))
+    assert card.text.strip() == "By the user." and card.data.library_name == "transformers"
+
+
+@pytest.mark.parametrize("text", [BEGIN, f"{END} {BEGIN}"])
+def test_card_with_incomplete_markers_is_refused(folder, text):
+    with pytest.raises(UserError, match="once and in this order"):
+        build_card(folder, old_card=f"---\nlicense: mit\n---\n{text}\n")
+
+
+def test_user_text_is_what_is_not_generated(folder):
+    assert user_text(build_card(folder)) == user_text("") == ""
+    assert user_text("---\nlicense: mit\n---\nTheir text.\n") == "Their text."
+
+
+def test_card_keeps_the_users_metadata(folder):
+    card = ModelCard.load(folder / "README.md")
+    card.data.license, card.data.pipeline_tag, card.data.language = "gpl-3.0", "other", "ja"
+    card.save(folder / "README.md")
+    data = ModelCard(build_card(folder)).data
+    assert (data.license, data.pipeline_tag, data.language) == ("gpl-3.0", "other", "ja")
+    assert ModelCard(build_card(folder, license="mit")).data.license == "mit"
+
+
+def test_card_keeps_results_on_other_datasets(folder):
+    card = ModelCard.load(folder / "README.md")
+    other = EvalResult("image-classification", "uoft-cs/cifar10", "CIFAR-10", "accuracy", 0.5, dataset_split="test")
+    card.data.eval_results.append(other)
+    card.save(folder / "README.md")
+    datasets = [result.dataset_type for result in ModelCard(build_card(folder)).data.eval_results]
+    assert datasets.count("uoft-cs/cifar10") == 1 and datasets.count("imagefolder") == 3
+
+
+# The generated part
+
+
+def test_card_states_versions_only_if_they_are_recorded(folder):
+    assert f"vit_simple {__version__}" in build_card(folder)
+    (folder / "provenance.json").unlink()
+    card = build_card(folder)
+    assert "versions" not in card and "## Results" in card
+
+
+def test_card_in_mid_training_states_the_step_of_the_last_validation(folder):
+    lines = read_metrics(folder)
+    validation = next(line for line in lines if line["split"] == "validation")
+    write_metrics(folder, validation, lines[0] | {"step": 90})
+    assert "validation images of digits" in build_card(folder) and "at step 40:" in build_card(folder)
+
+
+def test_card_refuses_damaged_metrics(folder):
+    (folder / "metrics.jsonl").write_text('{"step": 1')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: expected a JSON object in each line"):
+        build_card(folder)
+
+
+def test_card_counts_the_parameters_of_all_shards(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert f"{model.num_parameters() / 1e6:.2f} million" in build_card(tmp_path)
+
+
+def test_card_of_a_clip_projection_is_one_of_features(tmp_path):
+    names = {index: f"feature {index}" for index in range(5)}
+    tiny(id2label=names, label2id={name: index for index, name in names.items()}).save_pretrained(tmp_path)
+    card = ModelCard(build_card(tmp_path))
+    assert "Its logits are features, not classes." in card.text and "AutoModelForImageClassification" in card.text
+    assert card.data.pipeline_tag == "image-feature-extraction"
+
+
+def test_card_of_a_regression_asks_the_pipeline_for_raw_outputs_and_has_no_intervals(folder):
+    edit(folder / "config.json", '"pre_norm"', '"problem_type": "regression", "pre_norm"')
+    edit(folder / "provenance.json", '"name": "digits"', '"name": "ages"')
+    write_metrics(folder, {"step": 40, "split": "test", "count": 360, "mae": 1.5, "r2": 0.75, "loss": 3.2})
+    text = ModelCard(build_card(folder)).text
+    assert 'function_to_apply="none"' in text and "It always predicts" not in text
+    assert "On 360 test images of ages:\n\n| metric | value |\n| --- | --- |\n| mean absolute error | 1.5 |" in text
+
+
+def test_card_of_a_multi_label_model_lists_its_classes(folder):
+    edit(folder / "config.json", '"pre_norm"', '"problem_type": "multi_label_classification", "pre_norm"')
+    write_metrics(folder, {"step": 40, "split": "test", "count": 360, "weights": "ema", "map": 0.8123, "loss": 0.2})
+    text = ModelCard(build_card(folder)).text
+    assert "On 360 test images of digits, with averaged weights:" in text
+    assert "| mean average precision | 0.8123 |" in text
+    assert "An image can show any number of these classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in text
+
+
+def test_confidence_interval_is_wilsons():
+    assert confidence_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert confidence_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
