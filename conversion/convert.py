@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
@@ -139,7 +140,7 @@ def read_config(folder: Path) -> dict:
     return content
 
 
-def open_config(folder: Path, config_class: type = AutoConfig) -> PretrainedConfig:
+def open_config(folder: Path, config_class: Any = AutoConfig) -> PretrainedConfig:
     """The config in config.json.
 
     Raises:

@@ -13,6 +13,7 @@ from ..files import UserError
 from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel, sincos2d
 
 Tensors = dict[str, torch.Tensor]
+KeyMap = dict[str, str | list[str]]  # our key -> theirs, see `their_keys`
 
 DROPPED = {  # tensors that only pre-training needs: a pattern of their keys, and what they are
     r"pooler\.|pre_logits\.": "the tanh layer between backbone and head",

@@ -5,9 +5,20 @@ import re
 
 from ..configuration_vit_simple import VARIANTS, ViTSimpleConfig, label_maps, pair
 from ..files import UserError
-from .state_dict import Tensors, build_config, drop, import_state_dict, join_names, refuse, with_learned_positions
+from .state_dict import (
+    KeyMap,
+    Tensors,
+    build_config,
+    drop,
+    import_state_dict,
+    join_names,
+    refuse,
+    with_learned_positions,
+)
 
-DEIT3 = {f"blocks.*.ls{branch}.gamma": f"blocks.*.gamma_{branch}" for branch in (1, 2)}  # the original DeiT III keys
+DEIT3: KeyMap = {
+    f"blocks.*.ls{branch}.gamma": f"blocks.*.gamma_{branch}" for branch in (1, 2)
+}  # the original DeiT III keys
 # timm's config seldom states the number of attention heads, so it follows from the width: ours, and those of timm's
 # other ViTs, TinyCLIP, DINOv2 giant (1536) and CLIP bigG (1664).
 HEADS_BY_WIDTH = {

@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, label_maps, pair
 from ..files import UserError
 from .state_dict import (
+    KeyMap,
     Tensors,
     build_config,
     drop,
@@ -17,11 +18,12 @@ from .state_dict import (
     import_state_dict,
     join_names,
     refuse,
+    their_keys,
     with_learned_positions,
 )
 
 # Key maps, as `their_keys` reads them.
-VIT = {
+VIT: KeyMap = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
@@ -47,7 +49,7 @@ DINOV2_GIANT = DINOV2 | {
     "blocks.*.mlp.fc1": "encoder.layer.*.mlp.weights_in",
     "blocks.*.mlp.fc2": "encoder.layer.*.mlp.weights_out",
 }
-CLIP = {
+CLIP: KeyMap = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding.weight",
     "patch_embed.proj": "embeddings.patch_embedding",
@@ -122,7 +124,7 @@ def from_transformers(config: PretrainedConfig, tensors: Tensors, report: list[s
             key_map, fields = DINOV2_GIANT, fields | {"mlp": "swiglu", "hidden_act": "silu"}
         fields |= read_dinov2_head(tensors, report)
     if model_type == "dinov2_with_registers":
-        fields |= move_class_position(tensors, key_map["cls_token"], key_map["pos_embed"])
+        fields |= move_class_position(tensors, *their_keys("cls_token", key_map), *their_keys("pos_embed", key_map))
     if "classifier.weight" in tensors:
         fields |= {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
     our_config = build_config(**fields)

@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -95,6 +95,8 @@ class ImageSplit:
         seed: determines the order.
     """
 
+    sample_rows: Callable[[int], Iterator[tuple]]  # number, undecoded image and label of rows that the seed selects
+
     def __init__(
         self,
         data: ImageData,
@@ -151,7 +153,7 @@ class ImageSplit:
         options |= {"num_workers": num_workers, "worker_init_fn": ignore_signals}
         return iter(DataLoader(collate_fn=identity, pin_memory=pin, **options))
 
-    def to_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def to_device(self, *tensors: torch.Tensor) -> tuple:
         return tuple(tensor.to(self.context.device, non_blocking=True) for tensor in tensors)
 
 
@@ -162,7 +164,9 @@ class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
     bad image in evaluation; in training it is replaced by the next row.
     """
 
-    cached = None  # pixels (N, C, H, W) and targets (N + 1, ...) of all rows and of padding
+    cached: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # pixels (N, C, H, W) and targets (N + 1, ...) of all rows and of padding
+    )
 
     def read(self, rows: list[int]) -> Iterator[tuple]:
         """The undecoded image and the label of each row."""

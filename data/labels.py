@@ -213,7 +213,7 @@ class Labels:
         self.class_counts = [0] * len(self.class_names)
         for value, (count, _) in counts.occurrences.items():
             target = self.target(value)
-            classes = [target] if self.problem_type == SINGLE else [i for i, present in enumerate(target) if present]
+            classes = [target] if isinstance(target, int) else [i for i, present in enumerate(target) if present]
             for number in classes:
                 self.class_counts[number] += count
 

@@ -58,8 +58,13 @@ def record_run(config: TrainConfig, data: ImageData, folder: Path):
 
 def share(config: TrainConfig, folder: Path, title: str) -> str:
     """Pushes the folder of a run; returns the commit. Raises what `push` raises."""
-    options = {"private": config.hub_private_repo, "license": config.license}
-    return push(folder, config.hub_model_id, commit_message=f"{title} of {folder.resolve().name}", **options)
+    return push(
+        folder,
+        config.hub_model_id,
+        private=config.hub_private_repo,
+        license=config.license,
+        commit_message=f"{title} of {folder.resolve().name}",
+    )
 
 
 def share_or_warn(config: TrainConfig, folder: Path, title: str) -> str | None:
@@ -68,3 +73,4 @@ def share_or_warn(config: TrainConfig, folder: Path, title: str) -> str | None:
         share(config, folder, title)
     except (UserError, RunError, *NETWORK_ERRORS) as error:
         return f"{title} cannot be pushed: {error}"
+    return None

@@ -188,7 +188,7 @@ def is_in(value: float, interval: str) -> bool:
     return low <= value <= high and (interval[0] == "[" or value > low) and (interval[-1] == "]" or value < high)
 
 
-def value_type(name: str) -> type:
+def value_type(name: str) -> typing.Any:
     """The type of an option's value, without None."""
     kind = OPTIONS[name].type
     return typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
@@ -235,7 +235,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         if item.default is not None and kind is not bool:
             text += f" (default: {item.default})"
         value = {int: "N", float: "X", dict: "YAML", bool: "true|false"}.get(kind, name.rsplit("_", 1)[-1].upper())
-        options = {"metavar": "|".join(allowed) if isinstance(allowed, tuple) else value}
+        options: dict[str, typing.Any] = {"metavar": "|".join(allowed) if isinstance(allowed, tuple) else value}
         if kind is bool:
             options |= {"nargs": "?", "const": "true"}
         groups[title].add_argument(f"--{name}", help=text.replace("%", "%%"), default=argparse.SUPPRESS, **options)

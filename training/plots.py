@@ -27,7 +27,13 @@ FEW_CLASSES = 30  # a confusion matrix of more classes has no room for names and
 SAMPLES = 32  # images in predictions.png
 
 
-def plot_run(folder: Path, name: str | None, labels: Labels, result: Evaluation | None, predictions: tuple | None):
+def plot_run(
+    folder: Path,
+    name: str | None,
+    labels: Labels,
+    result: Evaluation | None,
+    predictions: tuple[torch.Tensor, list[tuple[str, bool]]] | None,
+):
     """Writes all plots of a run that its data allows.
 
     Args:

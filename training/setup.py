@@ -220,7 +220,7 @@ def build_splits(
                 f"--model_name_or_path: its image processor makes {tuple(made)}, its model takes {image_size}"
             )
     context = build_loader_context(config, accelerator)
-    splits = {}
+    splits: dict[str, MapStyleSplit | StreamingSplit] = {}
     for name in data.splits:
         if name == "train" and config.eval_only:
             continue
@@ -230,9 +230,9 @@ def build_splits(
         if config.streaming:
             splits[name] = StreamingSplit(*arguments, buffer_size=config.shuffle_buffer_size)
             continue
-        splits[name] = MapStyleSplit(*arguments)
+        splits[name] = split = MapStyleSplit(*arguments)
         if config.cache_images == "auto" and split_area == 0 and fits_in_cache(data.sizes[name], shape):
-            splits[name].cache(quiet=not accelerator.is_main_process)
+            split.cache(quiet=not accelerator.is_main_process)
     return splits, content
 
 
