@@ -47,8 +47,8 @@ class Facts:
 
     @classmethod
     def read(cls, folder: Path) -> "Facts":
-        files = (read_json(folder / name) for name in (RECORD, "config.json", PREPROCESSOR))
-        return cls(folder, *files, read_metrics(folder))
+        record, config, processor = (read_json(folder / name) for name in (RECORD, "config.json", PREPROCESSOR))
+        return cls(folder, record, config, processor, read_metrics(folder))
 
     @property
     def result(self) -> dict:
