@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from transformers import BaseImageProcessor
 
+from .processors import process
+
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
 MAX_ASPECT_RATIO = 50  # times its short side is what is kept of an image whose middle is cut out
 
@@ -192,9 +194,8 @@ class Decoder:
             image = load_rgb(open_image(value))
             longest = MAX_ASPECT_RATIO * min(image.size)
             if self.crops_center and max(image.size) > longest:
-                width, height = (min(side, longest) for side in image.size)
-                left, upper = (image.width - width) // 2, (image.height - height) // 2
-                image = image.crop((left, upper, left + width, upper + height))
+                left, upper = (max(side - longest, 0) // 2 for side in image.size)  # as much on the other side
+                image = image.crop((left, upper, image.width - left, image.height - upper))
             return image
 
     def stack(self, images: list[PIL.Image.Image | torch.Tensor | None]) -> torch.Tensor:
@@ -206,5 +207,4 @@ class Decoder:
         images = [blank if image is None else image for image in images]
         if self.is_identity and all(image.size == self.size for image in images):
             return stack_as_uint8(images)
-        unscaled = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
-        return self.processor(images, **unscaled, return_tensors="pt")["pixel_values"]
+        return process(self.processor, images)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from ..configuration_vit_simple import AUTO_MAP, ViTSimpleConfig
 from ..conversion.state_dict import import_state_dict, join_names, load_tensors
+from ..data.processors import open_processor
 from ..files import CODE, RECORD, ROOT, has_head, read_json
 
 NEEDED = ("config.json", "preprocessor_config.json", *CODE)
@@ -70,6 +71,7 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
     if content.get("model_type") != ViTSimpleConfig.model_type or content.get("auto_map") != AUTO_MAP:
         raise ValueError(f"config.json: expected model_type vit_simple with the auto_map {AUTO_MAP}")
     config = ViTSimpleConfig.from_pretrained(folder)
+    open_processor(read_json(folder / "preprocessor_config.json"))
     weights = sorted(path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
     tensors = load_tensors([folder / name for name in weights if name.endswith(".safetensors")])
     import_state_dict(tensors, {}, config)
