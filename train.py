@@ -27,7 +27,7 @@ from tqdm import tqdm
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.data.augment import Augment
-from vit_simple.data.dataloader import MapStyleSplit, seed_for
+from vit_simple.data.dataloader import MapStyleSplit, has_16_bit_images, seed_for
 from vit_simple.data.decoding import BadImage
 from vit_simple.data.labels import MULTI, REGRESSION, Labels
 from vit_simple.data.loading import ImageData, load_image_data
@@ -406,6 +406,7 @@ def record_run(config: TrainConfig, data: ImageData, folder: Path):
         "config": config.dataset_config_name,
         "revision": revision,
         "images": data.sizes["train"],
+        "has_16_bit_images": has_16_bit_images(data),
     }
     record(folder, dataset=dataset, **base)
 
@@ -472,6 +473,8 @@ def main(arguments: list[str] | None = None):
     sizes = ", ".join(f"{part.size} {split}" for split, part in rows.items())
     classes = f"{len(data.labels.class_names)} {'outputs' if data.labels.kind == 'number' else 'classes'}"
     accelerator.print(f"{config.dataset_name}: {sizes} images, {classes}")
+    if has_16_bit_images(data):
+        accelerator.print("images of 16 bits are scaled to 8 bits here; pipelines clip them at 255 instead")
     if config.streaming and "validation" not in rows and not config.eval_only:
         accelerator.print("there is no validation split, and a stream is not split: nothing is validated on the way")
     devices = f"{accelerator.num_processes} x {accelerator.device}"

@@ -24,6 +24,7 @@ from .loading import ImageData
 
 CACHE_BYTES = 4 * 2**30  # the largest split that is kept decoded
 DECODE_BATCH = 256  # images decoded at a time for that
+FIRST = 64  # images that tell whether a dataset has 16 bits
 MANY = 4096  # images that are worth the start of processes
 
 
@@ -48,6 +49,17 @@ def have_equal_sizes(rows: Dataset, column: str) -> bool:
                 if size != first:
                     return False
     return True
+
+
+def has_16_bit_images(data: ImageData) -> bool:
+    """Whether one of the first training images is gray with 16 bits; reads their headers."""
+    if data.array_shape is not None:
+        return False
+    for value in next(iter(data.splits["train"].iter(FIRST)))[data.image_column]:
+        with contextlib.suppress(BadImage), raise_bad_image():
+            if open_image(value).mode.startswith("I"):
+                return True
+    return False
 
 
 def column_values(table: pa.Table, column: str) -> list:

@@ -3,8 +3,9 @@
 python -m tests.environments                                                       every cell of the table
 python -m tests.environments newest "newest torchvision" "transformers==5.17.0 torchvision"    three of them
 
-A cell is what pip installs over the packages of this environment: requirements, `newest` for the newest release of each
-library, and `torchvision` for its Python part, which image processors need. torch is the one that is installed here.
+A cell is what pip installs over the packages of this environment: requirements, `newest` or `oldest` for the newest
+release of each library or the oldest that pyproject.toml allows, and `torchvision` for its Python part, which is all
+that image processors need. torch stays the one that is installed here.
 """
 
 import argparse
@@ -23,14 +24,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 DEPENDENCIES = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-OLDEST = dict(line.split(">=") for line in DEPENDENCIES)
+OLDEST = dict(line.split(">=") for line in DEPENDENCIES)  # name: version
 LIBRARIES = ("transformers", "accelerate", "datasets", "huggingface-hub", "kornia", "kornia-rs", "safetensors")
 TRANSFORMERS = (OLDEST["transformers"], "5.0.0", "5.3.0", "5.4.0", "5.8.1", "5.12.1", "5.15.1", "5.17.0", "5.18.0")
 TRANSFORMERS += ("5.20.2", "5.21.1")
 NEED_TORCHVISION = ("5.4.0", "5.8.1", "5.12.1", "5.15.1", "5.17.0")  # transformers itself demands it there
-OTHERS = [f"{name}=={OLDEST[name]}" for name in ("accelerate", "datasets", "kornia")]
-OTHERS += [f"transformers=={OLDEST['transformers']} huggingface-hub=={OLDEST['huggingface-hub']}"]
-ROWS = [*(f"transformers=={number}" for number in TRANSFORMERS), "newest", *OTHERS]
+OTHERS = [f"{name}=={OLDEST[name]}" for name in ("accelerate", "datasets")]  # beside the transformers of today
+ROWS = [*(f"transformers=={number}" for number in TRANSFORMERS), "newest", "oldest", *OTHERS]
 SHOW_VERSIONS = f"""
 import importlib.metadata, json
 names = {[*LIBRARIES, "tokenizers", "torch", "torchvision", "numpy", "pillow"]}
@@ -55,12 +55,15 @@ def make_environment(folder: Path, cell: str) -> Path:
     command = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(run(python, "-c", command, check=True).stdout.strip())
     (site / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
-    words = cell.split()
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
+    words = set(cell.split())
     if "newest" in words:
         run(*pip, "--upgrade", *LIBRARIES, check=True)
     else:
-        run(*pip, *(word for word in words if word != "torchvision"), *DEPENDENCIES, check=True)
+        oldest = (
+            [f"{name}=={number}" for name, number in OLDEST.items() if name != "torch"] if "oldest" in words else []
+        )
+        run(*pip, *(words - {"oldest", "torchvision"}), *oldest, *DEPENDENCIES, check=True)
     if "torchvision" in words:
         minor = int(version("torch").split(".")[1]) + 15  # torch 2.N has torchvision 0.(N + 15)
         run(*pip, "--no-deps", f"torchvision==0.{minor}.*", check=True)

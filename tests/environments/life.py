@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, pipeline
 
 from tests.conftest import DIGITS, run_python
-from tests.fake_hub.hub import Hub
+from tests.fake_hub.hub import Fault, Hub
 from vit_simple import ViTSimpleForImageClassification
 from vit_simple.convert_checkpoint import convert
 from vit_simple.data.augment import Augment
@@ -38,6 +38,13 @@ image, *folders = sys.argv[1:]
 for folder in folders:
     scores = pipeline("image-classification", model=folder, top_k=10, trust_remote_code=True)(image)
     print("SCORES", json.dumps({row["label"]: row["score"] for row in scores}))
+"""
+
+ASK = """
+from huggingface_hub import HfApi
+from vit_simple.sharing.upload import with_retries
+
+print("NAME", with_retries(HfApi().whoami)["name"])
 """
 
 
@@ -135,6 +142,22 @@ def test_converted_checkpoint_comes_back_the_same(library, tmp_path, run_of_digi
     assert torch.equal(one.pixel_values, other.pixel_values)
 
 
+def call(hub: Hub, work: Path, *command) -> str:
+    """Runs a command of Python in a fresh process that knows no Hub but this one; returns what it printed."""
+    variables = {**hub.environment(work / "home", "hf_good"), "PYTHONPATH": os.environ["PYTHONPATH"]}
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_hub_is_asked_again_after_a_connection_is_cut(tmp_path):
+    with Hub({"hf_good": "user"}) as hub:
+        hub.faults.append(Fault(cut="request"))
+        assert "NAME user" in call(hub, tmp_path, "-c", ASK)
+        assert not hub.faults or hub.faults[0].times == 0
+
+
 def test_compiled_model_gives_the_same_logits(run_of_digits, tmp_path):
     model = ViTSimpleForImageClassification.from_pretrained(run_of_digits).eval()
     pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -145,8 +168,5 @@ def test_compiled_model_gives_the_same_logits(run_of_digits, tmp_path):
 
 def test_pushed_checkpoint_is_on_the_hub(run_of_digits, tmp_path):
     with Hub({"hf_good": "user"}) as hub:
-        command = [sys.executable, ROOT / "push_to_hub.py", run_of_digits, "user/digits", "--license", "mit"]
-        variables = {**hub.environment(tmp_path / "home", "hf_good"), "PYTHONPATH": os.environ["PYTHONPATH"]}
-        result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        call(hub, tmp_path, ROOT / "push_to_hub.py", run_of_digits, "user/digits", "--license", "mit")
         assert "model.safetensors" in hub.repos["models/user/digits"].at("main").files
