@@ -21,7 +21,7 @@ from transformers import BaseImageProcessor
 from .processors import process
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
-MAX_ASPECT_RATIO = 50  # times its short side is what is kept of an image whose middle is cut out
+MAX_ASPECT_RATIO = 50  # times its short side: what is kept, nearly, of a longer image that is cropped to its middle
 
 
 class BadImage(ValueError):
@@ -150,6 +150,9 @@ def stack_as_uint8(images: list[PIL.Image.Image]) -> torch.Tensor:
 class Decoder:
     """Undecoded rows to uint8 pixels: what the processor does before it scales them, or random crops of the same size.
 
+    Without random crops the pixels are bit for bit those of a pipeline in this environment, but for transparency,
+    16 bits and images longer than `MAX_ASPECT_RATIO`: docs/environments.md.
+
     Args:
         processor: the checkpoint's image processor.
         shape: (C, H, W) of the pixels.
@@ -192,9 +195,10 @@ class Decoder:
             if self.arrays:
                 return torch.tensor(value)
             image = load_rgb(open_image(value))
-            longest = MAX_ASPECT_RATIO * min(image.size)
-            if self.crops_center and max(image.size) > longest:
-                left, upper = (max(side - longest, 0) // 2 for side in image.size)  # as much on the other side
+            short = min(image.size)
+            if self.crops_center and max(image.size) > MAX_ASPECT_RATIO * short:
+                # Both ends lose as much, a multiple of the short side, so that the resized middle stays where it is.
+                left, upper = (max(side - MAX_ASPECT_RATIO * short, 0) // (2 * short) * short for side in image.size)
                 image = image.crop((left, upper, image.width - left, image.height - upper))
             return image
 

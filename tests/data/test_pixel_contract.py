@@ -93,6 +93,13 @@ def test_pixels_are_those_of_the_pipeline(processor, tmp_path):
         assert difference <= 1e-6, (file.name, difference)
 
 
+def test_long_images_are_within_one_level_of_the_pipeline(processor, tmp_path):
+    line(907, 11).save(tmp_path / "long.png")
+    (ours,) = decoded(processor, tmp_path / "long.png")
+    theirs = by_pipeline(processor, load_image(str(tmp_path / "long.png")), do_rescale=False, do_normalize=False)
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
 def test_transparent_images_lie_on_white_where_pipelines_drop_transparency(processor, tmp_path):
     image = PIL.Image.fromarray(NOISE)
     image.save(tmp_path / "transparent.png")

@@ -31,12 +31,11 @@ TRANSFORMERS += ("5.20.2", "5.21.1")
 NEED_TORCHVISION = ("5.4.0", "5.8.1", "5.12.1", "5.15.1", "5.17.0")  # transformers itself demands it there
 OTHERS = [f"{name}=={OLDEST[name]}" for name in ("accelerate", "datasets")]  # beside the transformers of today
 ROWS = [*(f"transformers=={number}" for number in TRANSFORMERS), "newest", "oldest", *OTHERS]
-SHOW_VERSIONS = f"""
+NAMED = (*LIBRARIES, "tokenizers", "torch", "torchvision", "numpy", "pillow")  # in the message of a failure
+LIST_PACKAGES = """
 import importlib.metadata, json
-names = {[*LIBRARIES, "tokenizers", "torch", "torchvision", "numpy", "pillow"]}
-found = {{dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in importlib.metadata.distributions()
-          if dist.metadata["Name"]}}
-print(json.dumps({{name: importlib.metadata.version(name) for name in names if name in found}}))
+found = reversed(list(importlib.metadata.distributions()))  # the first of a name is the one that is imported
+print(json.dumps({one.name.lower().replace("_", "-"): one.version for one in found}))
 """
 
 
@@ -69,7 +68,6 @@ def make_environment(folder: Path, cell: str) -> Path:
         run(*pip, "--no-deps", f"torchvision==0.{minor}.*", check=True)
         (site / "torchvision_operators.py").write_text((HERE / "torchvision_operators.py").read_text())
         (site / "torchvision_operators.pth").write_text("import torchvision_operators\n")
-        run(python, "-c", "import torchvision", check=True)
     return python
 
 
@@ -81,7 +79,8 @@ def run_cell(cell: str, slow: bool) -> tuple[str, dict[str, str]]:
             python = make_environment(folder / "environment", cell)
         except subprocess.CalledProcessError as error:
             return f"cannot be installed: {error.stderr.strip().splitlines()[-1]}", {}
-        versions = json.loads(run(python, "-c", SHOW_VERSIONS, check=True).stdout)
+        versions = json.loads(run(python, "-c", LIST_PACKAGES, check=True).stdout)
+        versions = {name: versions[name] for name in NAMED if name in versions}
         (folder / "package").mkdir()
         (folder / "package/vit_simple").symlink_to(ROOT)
         variables = {"PYTHONPATH": str(folder / "package"), "OMP_NUM_THREADS": "1", "COLUMNS": "2000"}

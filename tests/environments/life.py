@@ -3,6 +3,7 @@
 Not collected with the other tests, which prove more, in one environment.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -90,6 +91,11 @@ def image(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("image") / "gray.png"
     PIL.Image.effect_noise((21, 34), 60).save(path)
     return str(path)
+
+
+def test_torchvision_can_be_imported_where_it_is_installed():
+    if importlib.util.find_spec("torchvision"):
+        importlib.import_module("torchvision")
 
 
 def test_images_of_several_sizes_train(tmp_path):
