@@ -1,6 +1,6 @@
 """ViTSimple: a plain Vision Transformer for the Hugging Face Hub.
 
-Importing this package registers its classes, so that the Auto classes open a checkpoint without `trust_remote_code`.
+Importing this package registers its classes, so that the Auto classes load a checkpoint without `trust_remote_code`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
@@ -8,13 +8,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from .configuration_vit_simple import VARIANTS, ViTSimpleConfig
 from .modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
 
+__version__ = "0.2.0"
 __all__ = ["VARIANTS", "ViTSimpleConfig", "ViTSimpleForImageClassification", "ViTSimpleModel"]
 
 AutoConfig.register("vit_simple", ViTSimpleConfig)
 AutoModel.register(ViTSimpleConfig, ViTSimpleModel)
 AutoModelForImageClassification.register(ViTSimpleConfig, ViTSimpleForImageClassification)
 
-# save_pretrained then writes the two model files beside the weights.
+# This makes save_pretrained copy the two model files beside the weights.
 ViTSimpleConfig.register_for_auto_class("AutoConfig")
 ViTSimpleModel.register_for_auto_class("AutoModel")
 ViTSimpleForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Iterable
 
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
@@ -23,7 +24,7 @@ VARIANTS = {
     "g": (1408, 40, 16, 6144),  # Scaling ViT, arXiv:2106.04560, table 2
 }
 
-# What timm and the notebook call our fields. Base classes take unknown keywords, so these would pass unused.
+# Names of timm and of the notebook for our fields. The base class accepts any keyword and would ignore these.
 OTHER_NAMES = {
     "img_size": "image_size",
     "in_chans": "num_channels",
@@ -44,7 +45,7 @@ OTHER_NAMES = {
 
 
 class ViTSimpleConfig(PretrainedConfig):
-    r"""Everything that shapes a ViTSimple network (ViT: Dosovitskiy et al., arXiv:2010.11929, section 3.1).
+    """Everything that defines a ViTSimple model (ViT: Dosovitskiy et al., arXiv:2010.11929, section 3.1).
 
     Args:
         hidden_size: width D of every token; a multiple of `num_attention_heads`.
@@ -54,28 +55,29 @@ class ViTSimpleConfig(PretrainedConfig):
         hidden_act: activation of the MLP, a name in `transformers.activations.ACT2FN`.
         hidden_dropout_prob: dropout after the embedding and at the end of both branches of a block, in [0, 1).
         attention_probs_dropout_prob: dropout on the attention weights, in [0, 1).
-        drop_path_rate: probability that a sample skips a branch at the last block; 0 at the first, rising linearly
-            (stochastic depth, arXiv:1603.09382, section 3, here drawn for each sample). In [0, 1).
+        drop_path_rate: probability that a sample skips a branch of the last block, in [0, 1); it rises linearly from 0
+            at the first block (stochastic depth, arXiv:1603.09382, section 3, drawn per sample).
         layer_norm_eps: epsilon of every LayerNorm.
-        initializer_range: standard deviation of the truncated normal that fills kernels, tokens and positions.
+        initializer_range: standard deviation of the truncated normal for weight matrices, tokens and positions.
         image_size: height and width in pixels, an int or a (height, width) pair; a multiple of `patch_size`.
         patch_size: height and width of a patch in pixels, an int or a (height, width) pair.
         num_channels: channels of an image.
         qkv_bias: whether query, key and value have a bias.
-        use_class_token: whether a learned token stands before the patches.
-        pooling: `"cls"`, the class token, or `"mean"`, the mean of the patch tokens only.
-        fc_norm: whether the last LayerNorm follows the mean instead of preceding it (MAE fine-tuned, timm's `avg`).
+        use_class_token: whether a learned class token precedes the patches.
+        pooling: `"cls"`, the class token, or `"mean"`, the mean of the patch tokens.
+        fc_norm: whether the last LayerNorm comes after the mean instead of before it (MAE fine-tuned, timm's `avg`).
         num_register_tokens: learned tokens between class token and patches (arXiv:2309.16588, section 2.2; DINOv2).
-        position_embedding: `"learned"`, or `"sincos2d"`: fixed, on the patches only (arXiv:2205.01580).
-        no_embed_class: whether class token and registers carry no position (DeiT-III, DINOv2 with registers).
-        pre_norm: whether a LayerNorm precedes the blocks, and patches have no bias (CLIP).
+        position_embedding: `"learned"`, or `"sincos2d"`: fixed, for the patches only (arXiv:2205.01580).
+        no_embed_class: whether class token and registers have no position (DeiT-III, DINOv2 with registers).
+        pre_norm: whether a LayerNorm precedes the blocks, and the patch projection has no bias (CLIP).
         mlp: `"mlp"`, or `"swiglu"`, whose `intermediate_size` is the width after the gate (DINOv2 giant).
         layerscale_value: initial LayerScale of both branches (arXiv:2103.17239, section 2; DeiT-III, DINOv2) or None.
-        head_init_std: standard deviation of the classifier's kernel; None means `initializer_range`, 0 starts at zero.
-        kwargs: what every transformers config takes, such as `num_labels`, `id2label` and `problem_type`.
+        head_init_std: standard deviation of the head's weights; None means `initializer_range`, 0 starts at zero.
+        kwargs: fields of every transformers config, such as `num_labels`, `id2label` (sets `label2id`, too) and
+            `problem_type`.
 
     Raises:
-        ValueError: a value that cannot work, or a keyword that is nearly one of the above.
+        ValueError: a value that cannot work, or a keyword that resembles one of the above.
     """
 
     model_type = "vit_simple"
@@ -108,32 +110,41 @@ class ViTSimpleConfig(PretrainedConfig):
         head_init_std=None,
         **kwargs,
     ):
-        fields = {name: value for name, value in locals().items() if name in OWN_FIELDS}
+        arguments = locals()
+        for name in OWN_FIELDS:
+            setattr(self, name, arguments[name])
         refuse_near_misses(kwargs)
-        if not is_count(kwargs.get("num_labels", 1)):
+        if not is_integer(kwargs.get("num_labels", 1)):
             raise ValueError(f"ViTSimpleConfig.num_labels: expected a positive integer, got {kwargs['num_labels']!r}")
-        for name, value in fields.items():
-            setattr(self, name, value)
-        if kwargs.get("id2label"):  # in the order of the outputs: JSON has its keys as strings
-            names = kwargs["id2label"]
-            kwargs["id2label"] = {int(index): names[index] for index in sorted(names, key=int)}
-        # Complete and local whichever class saves, and wherever this config came from: a saved folder stands alone.
+        id2label, label2id = kwargs.get("id2label"), kwargs.get("label2id")
+        if label2id and not id2label:
+            id2label = {index: name for name, index in label2id.items()}
+        if id2label:  # keys are strings in JSON; sorted, so that the names are in the order of the logits
+            kwargs["id2label"] = {int(index): id2label[index] for index in sorted(id2label, key=int)}
+            kwargs["label2id"] = label2id or {name: index for index, name in kwargs["id2label"].items()}
+        # Names all classes in this folder, whichever class is saved and wherever the config comes from.
         kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
         super().__init__(**kwargs)
         self.check()
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As transformers' own, with `kwargs` that override fields; a near miss of a field is refused here, too."""
+        """As in transformers: `kwargs` override fields. Here, a misspelled field is an error, and labels replace the
+        stored ones together, unless only their number is given and stays the same.
+        """
         refuse_near_misses(kwargs)
+        names = ("num_labels", "id2label", "label2id")
+        labels = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
+        if labels and labels != {"num_labels": len(config_dict.get("id2label") or ())}:
+            config_dict = {key: value for key, value in config_dict.items() if key not in names} | labels
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "ViTSimpleConfig":
-        """A published size and a patch size, `"S/16"` or `"notebook/16"`; `kwargs` are further fields.
+        """A published size with a patch size, such as `"S/16"`; `kwargs` are further fields.
 
         Raises:
-            ValueError: a variant that is not `NAME/PATCH` with a name in `VARIANTS`.
+            ValueError: the variant is not `NAME/PATCH` with a name in `VARIANTS`.
         """
         name, _, patch = str(variant).partition("/")
         if name not in VARIANTS or not patch.isdecimal():
@@ -158,10 +169,10 @@ class ViTSimpleConfig(PretrainedConfig):
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
     def check(self):
-        """Checks every field; called again when a model is built, since overrides are set after `__init__`.
+        """Checks every field. Called again when a model is built: transformers sets overrides after `__init__`.
 
         Raises:
-            ValueError: names the field, what was expected and what was got.
+            ValueError: says which field, what was expected and what was got.
         """
 
         def expect(condition, field, expected):
@@ -172,13 +183,13 @@ class ViTSimpleConfig(PretrainedConfig):
             return isinstance(value, (int, float)) and not isinstance(value, bool)
 
         for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
-            expect(is_count(getattr(self, field)), field, "a positive integer")
-        expect(is_count(self.num_register_tokens, least=0), "num_register_tokens", "0 or a positive integer")
-        expect(is_count(self.num_labels), "num_labels", "a positive integer")
+            expect(is_integer(getattr(self, field)), field, "a positive integer")
+        expect(is_integer(self.num_register_tokens, minimum=0), "num_register_tokens", "0 or a positive integer")
+        expect(is_integer(self.num_labels), "num_labels", "a positive integer")
         for field in ("image_size", "patch_size"):
             value = getattr(self, field)
-            is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_count, value))
-            expect(is_count(value) or is_pair, field, "a positive integer or a (height, width) pair of them")
+            is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_integer, value))
+            expect(is_integer(value) or is_pair, field, "a positive integer or a (height, width) pair of them")
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             value = getattr(self, field)
             expect(is_number(value) and 0 <= value < 1, field, "a number in [0, 1)")
@@ -188,7 +199,7 @@ class ViTSimpleConfig(PretrainedConfig):
         for field in ("layerscale_value", "head_init_std"):
             value = getattr(self, field)
             valid = value is None or (is_number(value) and 0 <= value < float("inf"))
-            expect(valid, field, "None or a number that is not negative")
+            expect(valid, field, "None or a number of at least 0")
         for field in ("qkv_bias", "use_class_token", "fc_norm", "no_embed_class", "pre_norm"):
             expect(isinstance(getattr(self, field), bool), field, "True or False")
         choices = {
@@ -201,50 +212,41 @@ class ViTSimpleConfig(PretrainedConfig):
             expect(getattr(self, field) in allowed, field, f"one of {allowed}")
         expect(isinstance(self.hidden_act, str) and self.hidden_act in ACT2FN, "hidden_act", "a name in ACT2FN")
 
-        expect(
-            self.hidden_size % self.num_attention_heads == 0,
-            "hidden_size",
-            f"a multiple of num_attention_heads={self.num_attention_heads}",
-        )
-        several = self.problem_type != "single_label_classification" or self.num_labels > 1
-        expect(several, "num_labels", "at least 2 for problem_type='single_label_classification'")
-        multiple = all(size % patch == 0 for size, patch in zip(pair(self.image_size), pair(self.patch_size)))
-        expect(multiple, "image_size", f"a multiple of patch_size={self.patch_size}")
+        # Fields that depend on each other.
+        heads, patch_size = self.num_attention_heads, pair(self.patch_size)
+        expect(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads={heads}")
+        divides = all(size % patch == 0 for size, patch in zip(pair(self.image_size), patch_size))
+        expect(divides, "image_size", f"a multiple of patch_size={self.patch_size}")
+        valid = self.position_embedding == "learned" or self.hidden_size % 4 == 0
+        expect(valid, "hidden_size", "a multiple of 4 for position_embedding='sincos2d'")
         expect(self.pooling == "mean" or self.use_class_token, "pooling", "'mean' when use_class_token=False")
         expect(self.pooling == "mean" or not self.fc_norm, "pooling", "'mean' when fc_norm=True")
         expect(self.mlp == "mlp" or self.hidden_act == "silu", "hidden_act", "'silu' when mlp='swiglu'")
-        quarter = self.position_embedding == "learned" or self.hidden_size % 4 == 0
-        expect(quarter, "hidden_size", "a multiple of 4 for position_embedding='sincos2d'")
+        valid = self.problem_type != "single_label_classification" or self.num_labels > 1
+        expect(valid, "num_labels", "at least 2 for problem_type='single_label_classification'")
 
 
+# The arguments of __init__ without self and kwargs.
 OWN_FIELDS = tuple(inspect.signature(ViTSimpleConfig.__init__).parameters)[1:-1]
 
 
 def pair(value) -> tuple[int, int]:
-    """An int for both sides, or (height, width), as (height, width)."""
+    """(height, width) of a size, which is one int for both or such a pair."""
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def is_count(value, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_integer(value, minimum: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def label_maps(given: dict, stored: ViTSimpleConfig) -> dict:
-    """`given` with both maps of the labels or none: one map tells the other, a new number gets new names."""
-    given = dict(given)
-    if "id2label" not in given and "label2id" in given:
-        given["id2label"] = {index: name for name, index in given["label2id"].items()}
-    if "id2label" not in given and is_count(given.get("num_labels")):
-        count = given.pop("num_labels")
-        if count != stored.num_labels:
-            given["id2label"] = {index: f"LABEL_{index}" for index in range(count)}
-    if "id2label" in given:
-        given.setdefault("label2id", {name: int(index) for index, name in given["id2label"].items()})
-    return given
+def label_maps(names: Iterable[str]) -> dict[str, dict]:
+    """The config fields `id2label` and `label2id` for class names in the order of the logits."""
+    id2label = dict(enumerate(names))
+    return {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
 
 
-def refuse_near_misses(keywords: dict):
-    """Raises ValueError for a keyword that is nearly one of our fields: base classes take any, and would ignore it."""
+def refuse_near_misses(keywords: Iterable[str]):
+    """Raises ValueError for a keyword that resembles one of our fields: the base class accepts and ignores it."""
     for key in keywords:
         near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, OWN_FIELDS, 1, cutoff=0.75)), None)
         if near and key not in OWN_FIELDS:

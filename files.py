@@ -1,67 +1,132 @@
-"""A run's folder: the names of its files, and how they are written and read. Imports nothing of this package."""
+"""The files of a run's folder, how they are written and read, and how a command ends when something fails.
 
+Imports nothing of this package.
+"""
+
+import contextlib
 import json
 import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
 ROOT = Path(__file__).parent
 CODE = ("configuration_vit_simple.py", "modeling_vit_simple.py")
 RECORD = "provenance.json"
 INHERITED = ("base_model", "license", "license_name", "license_link")
+PREPROCESSOR = "preprocessor_config.json"
+SAFETENSORS = ("model.safetensors", "model-?????-of-?????.safetensors")  # glob patterns: one file, or shards
+
+NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)  # the errors of the HTTP library; not all are an OSError
 
 
 class UserError(ValueError):
-    """A mistake of the user: commands print it in one line and end with exit status 2."""
+    """A mistake of the user, such as a wrong option or a damaged file: one line, exit status 2."""
+
+
+class RunError(RuntimeError):
+    """A failure that is neither the user's mistake nor a bug, such as a full disk: one line, exit status 1."""
+
+
+@contextlib.contextmanager
+def command_errors(program: str, advice: Callable[[], str] | None = None):
+    """Ends a command with a message and an exit status if an exception leaves this context.
+
+    A mistake of the user (UserError) prints one line, with exit status 2. A failure of the machine (RunError, OSError,
+    out of memory, the network) prints one line, with exit status 1. Anything else is a bug: its traceback comes before
+    the line, with exit status 1.
+
+    Args:
+        program: the command's name, with which the line begins.
+        advice: returns what to do next, such as the command that continues a run; it ends the line.
+
+    Raises:
+        SystemExit: with the line as its text.
+    """
+    try:
+        yield
+    except Exception as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)  # if the main process fails, too, torchrun ends this one: a common mistake is printed once
+        is_mistake = isinstance(error, UserError)
+        if not is_mistake and not is_machine_failure(error):
+            traceback.print_exception(error)
+        line = f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}"
+        if advice is not None:
+            line += f"; {advice()}"
+        print(line, file=sys.stderr)
+        stop = SystemExit(line)
+        stop.code = 2 if is_mistake else 1
+        raise stop from error
+
+
+def is_machine_failure(error: Exception) -> bool:
+    out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)  # torch's words
+    return isinstance(error, (RunError, MemoryError, *NETWORK_ERRORS)) or (
+        isinstance(error, RuntimeError) and out_of_memory
+    )
 
 
 def write_atomically(path: Path, text: str):
-    """Writes a file aside and puts it in its place, so that it is never there in part."""
-    aside = path.with_name(f".{path.name}")
-    with open(aside, "w", encoding="utf-8") as file:
+    """Writes a file under another name and then renames it, so that it never exists half-written."""
+    unfinished = path.with_name(f".{path.name}")
+    with open(unfinished, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    unfinished.replace(path)
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file, {} where there is none.
+    """The object in a JSON file, {} if there is no such file.
 
     Raises:
-        ValueError: it is no JSON.
+        UserError: the file does not hold a JSON object.
     """
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
+        raise UserError(f"{path}: expected JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, none where there is no such file."""
+    """The lines of metrics.jsonl, [] if there is no such file.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
     file = folder / "metrics.jsonl"
     try:
         return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     except ValueError as error:
-        raise ValueError(f"{file}: expected a JSON object in each line: {error}") from error
+        raise UserError(f"{file}: expected a JSON object in each line: {error}") from error
 
 
 def open_card(text: str, file: str) -> ModelCard:
+    """The model card in a text; `file` names it in errors.
+
+    Raises:
+        UserError: its metadata is damaged.
+    """
     try:
         return ModelCard(text, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: expected a card of the Hub: {error}") from error
+        raise UserError(f"{file}: expected a model card with YAML metadata: {error}") from error
 
 
 def inherited(folder: Path) -> dict:
-    """Licence and base model, as the card of a folder names them."""
+    """License and base model, as the model card of a folder states them."""
     file = folder / "README.md"
     if not file.exists():
         return {}

@@ -1,1 +1,1 @@
-"""Comparisons with peers; run from the repository's root as `python -m benchmarks.NAME`."""
+"""Comparisons with peers. Run them in the root of the repository: `python -m benchmarks.NAME`."""

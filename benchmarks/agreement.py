@@ -1,4 +1,4 @@
-"""How often a compiled network, in float32, bfloat16 or int8, gives the answer of the network itself on test images.
+"""How often a compiled model, in float32, bfloat16 or int8, predicts the same class as the eager model.
 
 python -m benchmarks.agreement outputs/cifar10 --dataset_name uoft-cs/cifar10 --image_column_name img
 """
@@ -12,7 +12,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoImageProcessor
 
-from benchmarks.measure import RESULTS, machine, told, write_report
+from benchmarks.measure import RESULTS, describe, machine, write_report
 from vit_simple import ViTSimpleForImageClassification
 from vit_simple.inference.compiling import compile_inference
 
@@ -28,24 +28,26 @@ def main():
     rows = load_dataset(arguments.dataset_name, split="test")
     labels = torch.tensor(rows["label"])
     report = {**machine(), "images": len(rows)}
-    print(told(report))
+    print(describe(report))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        sides = {
+        models = {
             "eager": model,
-            "fast": compile_inference(model, Path(folder) / "float32.pt2"),
+            "aot": compile_inference(model, Path(folder) / "float32.pt2"),
             "bf16": compile_inference(copy.deepcopy(model).to(torch.bfloat16), Path(folder) / "bfloat16.pt2"),
             "int8": compile_inference(model, Path(folder) / "int8.pt2", int8=True),
         }
-        answers = {side: [] for side in sides}
+        predictions = {name: [] for name in models}
         for batch in rows.iter(256):
             pixels = processor(batch[arguments.image_column_name], return_tensors="pt").pixel_values
-            for side, network in sides.items():
-                answers[side].append(network(pixels.bfloat16() if side == "bf16" else pixels).logits.argmax(-1))
-    for side, parts in answers.items():
-        answer, expected = torch.cat(parts), torch.cat(answers["eager"])
-        right, same = ((answer == other).float().mean().item() for other in (labels, expected))
-        report[side] = {"right": right, "same": same}
-        print(f"  {side:<6} {right:.2%} right, {same:.2%} as the network itself")
+            for name, compiled in models.items():
+                logits = compiled(pixels.bfloat16() if name == "bf16" else pixels).logits
+                predictions[name].append(logits.argmax(-1))
+    predictions = {name: torch.cat(batches) for name, batches in predictions.items()}
+    for name, predicted in predictions.items():
+        correct = (predicted == labels).float().mean().item()
+        same = (predicted == predictions["eager"]).float().mean().item()
+        report[name] = {"right": correct, "same": same}
+        print(f"  {name:<6} {correct:.2%} correct, {same:.2%} the same as the eager model")
     write_report(report, RESULTS / "agreement.json")
 
 

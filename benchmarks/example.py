@@ -1,8 +1,8 @@
-"""What transformers' examples/pytorch/image-classification/run_image_classification_no_trainer.py does, rebuilt.
+"""Trains like transformers' examples/pytorch/image-classification/run_image_classification_no_trainer.py.
 
-Each image is opened, cropped, flipped and normalised by torchvision when a DataLoader asks for it, with no workers, as
-there by default; Accelerate, AdamW, a linear schedule, an evaluation on a part of train after each epoch. In the end it
-saves the network, transformers' own ViT from a config. `benchmarks.train` runs this file.
+torchvision opens, crops, flips and normalizes each image in a DataLoader without workers, the example's default. It
+uses Accelerate, AdamW and a linear schedule, evaluates on a fraction of train after each epoch, and saves the model,
+transformers' own ViT built from a config. `benchmarks.train` runs this file.
 """
 
 import argparse
@@ -42,13 +42,13 @@ def main():
 
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     set_seed(arguments.seed)
-    rows = load_dataset(arguments.dataset_name)
-    if "validation" not in rows:
-        parts = rows["train"].train_test_split(arguments.train_val_split, seed=arguments.seed)
-        rows = {"train": parts["train"], "validation": parts["test"]}
-    labels = rows["train"].features["label"].names
+    splits = load_dataset(arguments.dataset_name)
+    if "validation" not in splits:
+        halves = splits["train"].train_test_split(arguments.train_val_split, seed=arguments.seed)
+        splits = {"train": halves["train"], "validation": halves["test"]}
+    labels = splits["train"].features["label"].names
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
-    network = ViTForImageClassification(ViTConfig(**arguments.config, **names))
+    model = ViTForImageClassification(ViTConfig(**arguments.config, **names))
     size = arguments.config["image_size"]
     processor = ViTImageProcessor(size={"height": size, "width": size})
 
@@ -56,7 +56,7 @@ def main():
     training = Compose([RandomResizedCrop(size), RandomHorizontalFlip(), ToTensor(), normalize])
     evaluation = Compose([Resize(size), CenterCrop(size), ToTensor(), normalize])
 
-    def opened(transform: Compose):
+    def preprocess_with(transform: Compose):
         def preprocess(batch):
             batch["pixel_values"] = [transform(image.convert("RGB")) for image in batch[arguments.image_column_name]]
             return batch
@@ -68,39 +68,39 @@ def main():
         return {"pixel_values": pixel_values, "labels": torch.tensor([example["label"] for example in examples])}
 
     batch_size, eval_batch_size = arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size
-    train_rows = rows["train"].with_transform(opened(training))
+    train_rows = splits["train"].with_transform(preprocess_with(training))
     train_loader = DataLoader(train_rows, shuffle=True, collate_fn=collate, batch_size=batch_size)
-    eval_rows = rows["validation"].with_transform(opened(evaluation))
+    eval_rows = splits["validation"].with_transform(preprocess_with(evaluation))
     eval_loader = DataLoader(eval_rows, collate_fn=collate, batch_size=eval_batch_size)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
     steps = arguments.num_train_epochs * len(train_loader)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
-    network, optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
-        network, optimizer, train_loader, eval_loader, scheduler
+    model, optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
+        model, optimizer, train_loader, eval_loader, scheduler
     )
 
     progress = tqdm(total=steps, disable=not accelerator.is_local_main_process)
     for _ in range(arguments.num_train_epochs):
-        network.train()
+        model.train()
         for batch in train_loader:
-            loss = network(**batch).loss
+            loss = model(**batch).loss
             accelerator.backward(loss)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             progress.update(1)
-        network.eval()
+        model.eval()
         correct = count = 0
         for batch in eval_loader:
             with torch.no_grad():
-                predictions = network(**batch).logits.argmax(dim=-1)
+                predictions = model(**batch).logits.argmax(dim=-1)
             predictions, references = accelerator.gather_for_metrics((predictions, batch["labels"]))
             correct += (predictions == references).sum().item()
             count += len(references)
     progress.close()
-    accelerator.unwrap_model(network).save_pretrained(arguments.output_dir)
+    accelerator.unwrap_model(model).save_pretrained(arguments.output_dir)
     processor.save_pretrained(arguments.output_dir)
-    print(f"{correct} of {count} held-out images right")
+    print(f"{correct} of {count} held-out images correct")
 
 
 if __name__ == "__main__":

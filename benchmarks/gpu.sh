@@ -15,10 +15,10 @@ columns=(--dataset_name "$set_name" --image_column_name "${IMAGE_COLUMN:-image}"
 for part in "$@"; do
     case $part in
     b16)
-        python -m benchmarks.model --dtypes bfloat16 --variants B/16 --batch_sizes 256 --ways eager compiled --name gpu-b16
+        python -m benchmarks.model --dtypes bfloat16 --variants B/16 --batch_sizes 256 --backends eager compiled --name gpu-b16
         ;;
     more)
-        python -m benchmarks.model --dtypes bfloat16 --variants S/16 L/16 --batch_sizes 1 128 --ways compiled --name gpu-more
+        python -m benchmarks.model --dtypes bfloat16 --variants S/16 L/16 --batch_sizes 1 128 --backends compiled --name gpu-more
         ;;
     cifar10)
         python train.py recipes/cifar10.yaml "${columns[@]}" --output_dir outputs/cifar10-validated

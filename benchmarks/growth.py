@@ -1,11 +1,11 @@
-"""How time and memory grow: with tokens, depth, width, batch and, for reading, with the size of the data set.
+"""How time and memory grow with tokens, depth, width and batch size, and with the number of cached images.
 
     python -m benchmarks.growth --small uoft-cs/cifar10
 
-A training step (forward, loss, backward, AdamW) of 4 blocks of width 384 on 2 images of 197 tokens, of which one number
-grows at a time. Each point is a process, its memory what it holds at most beyond the libraries. Images: what it takes
-to open a data set and to keep so many of them decoded. The picture has the exponent of each line between its middle and
-its end: 1 is proportional, 2 is quadratic.
+A training step (forward, loss, backward, AdamW) of 4 blocks of width 384 on 2 images of 197 tokens; one of these
+numbers grows at a time. Each point is measured in its own process; its memory is the peak beyond that of the libraries.
+Images: loading a dataset and caching that many images. The plot shows the exponent between the middle and the last
+point of each line: 1 is proportional, 2 is quadratic.
 """
 
 import argparse
@@ -18,15 +18,15 @@ import torch
 
 from benchmarks.measure import (
     RESULTS,
-    forget_peak,
-    in_a_process,
+    describe,
+    in_new_process,
+    interleave,
     machine,
+    reset_peak,
     resident,
-    told,
-    turns,
     write_report,
 )
-from benchmarks.model import training
+from benchmarks.model import training_step
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.data.dataloader import LoaderContext, MapStyleSplit
 from vit_simple.data.decoding import Decoder
@@ -46,7 +46,7 @@ POINTS = {
 
 
 def step(point: dict[str, int], rounds: int):
-    """Seconds of a step and bytes held at most; `tokens` are patches, beside which there is a class token."""
+    """Seconds and peak memory of a step; `tokens` is the number of patches, without the class token."""
     side = 16 * math.isqrt(point["tokens"])
     config = ViTSimpleConfig(
         hidden_size=point["width"],
@@ -55,19 +55,19 @@ def step(point: dict[str, int], rounds: int):
         intermediate_size=4 * point["width"],
         image_size=side,
         num_labels=10,
-        pooling="mean",  # so that every block computes every token
+        pooling="mean",  # so that the last block computes every token
     )
-    forget_peak()
+    reset_peak()
     before = resident("VmRSS")
-    network, pixels = ViTSimpleForImageClassification(config), torch.randn(point["batch"], 3, side, side)
-    call = training(network, pixels, autocast=False, compiled=False)
-    times = turns({"step": call}, rounds, torch.device("cpu"))["step"]
+    model, pixels = ViTSimpleForImageClassification(config), torch.randn(point["batch"], 3, side, side)
+    call = training_step(model, pixels, autocast=False, compiled=False)
+    times = interleave({"step": call}, rounds, torch.device("cpu"))["step"]
     return {"seconds": median(times), "bytes": resident("VmHWM") - before}
 
 
 def decode(name: str, count: int):
-    """What it takes to have so many images of a set decoded."""
-    forget_peak()
+    """Seconds and peak memory of loading a dataset and caching `count` images."""
+    reset_peak()
     before, start = resident("VmRSS"), time.perf_counter()
     data = load_image_data(name, validation_fraction=0, max_train_samples=count)
     processor = open_processor(processor_content(TrainConfig(), (32, 32), cropped=False))
@@ -79,21 +79,21 @@ def decode(name: str, count: int):
 
 
 def exponent(points: list[tuple[int, float]]) -> float:
-    """The slope between the middle and the last point in logarithms."""
+    """The slope between the middle and the last point on logarithmic scales."""
     (x, y), (last_x, last_y) = points[len(points) // 2], points[-1]
     return math.log(last_y / y) / math.log(last_x / x)
 
 
-def plot(found: dict[str, dict[int, dict[str, float]]], path: Path):
+def plot(growth: dict[str, dict[int, dict[str, float]]], path: Path):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(found), figsize=(3.2 * len(found), 6), squeeze=False, layout="constrained")
-    for column, (kind, points) in enumerate(found.items()):
-        for axis, (what, unit, scale) in zip(axes[:, column], (("seconds", "s", 1), ("bytes", "MiB", 2**20))):
-            values = [(x, point[what] / scale) for x, point in points.items()]
+    figure, axes = plt.subplots(2, len(growth), figsize=(3.2 * len(growth), 6), squeeze=False, layout="constrained")
+    for column, (kind, points) in enumerate(growth.items()):
+        for axis, (quantity, unit, scale) in zip(axes[:, column], (("seconds", "s", 1), ("bytes", "MiB", 2**20))):
+            values = [(x, point[quantity] / scale) for x, point in points.items()]
             axis.loglog(*zip(*values), marker="o")
             axis.set_title(f"exponent {exponent(values):.2f}", fontsize=10)
             axis.set_xlabel(kind)
@@ -109,29 +109,29 @@ def plot(found: dict[str, dict[int, dict[str, float]]], path: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", help="data set of equal small images with 'image' and 'label', as CIFAR-10")
+    parser.add_argument("--small", help="dataset of small images of one size with 'image' and 'label', as CIFAR-10")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    found = {}
-    report = {**machine(), "growth": found}
-    print(told(report))
+    growth = {}
+    report = {**machine(), "growth": growth}
+    print(describe(report))
     for kind, values in POINTS.items():
         if kind == "images" and arguments.small is None:
-            print("images: no data set was named")
+            print("images: skipped, no dataset was named")
             continue
-        found[kind] = {}
+        growth[kind] = {}
         for value in values:
             if kind == "images":
-                point = in_a_process(decode, arguments.small, value)
+                point = in_new_process(decode, arguments.small, value)
             else:
-                point = in_a_process(step, {**BASE, kind: value}, arguments.rounds)
-            found[kind][value] = point
+                point = in_new_process(step, {**BASE, kind: value}, arguments.rounds)
+            growth[kind][value] = point
             print(f"  {kind} {value}: {point['seconds']:.3f} s, {point['bytes'] / 2**20:,.0f} MiB", flush=True)
-        for what in ("seconds", "bytes"):
-            slope = exponent([(value, point[what]) for value, point in found[kind].items()])
-            print(f"  {what} grow with {kind} to the power of {slope:.2f}")
+        for quantity in ("seconds", "bytes"):
+            slope = exponent([(value, point[quantity]) for value, point in growth[kind].items()])
+            print(f"  {quantity} grow with {kind} to the power of {slope:.2f}")
     write_report(report, RESULTS / "growth.json")
-    plot(found, RESULTS / "growth.png")
+    plot(growth, RESULTS / "growth.png")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Time and memory of the line that opens a checkpoint: this network's, by remote code, beside transformers' own ViT.
+"""Time and memory of `from_pretrained`: for this model, with remote code, and for transformers' own ViT.
 
     python -m benchmarks.load --variants S/16 B/16
 
-Every load is a cold process without this package, that imports one Auto class, opens the checkpoint and ends; the sides
-take turns. Code and weights are on the disk already, as after the first load. Time is from launch to the network in
-memory, memory that of the process at its peak.
+Each load is a new process without this package that imports one Auto class and loads the checkpoint. The models are
+loaded in turn. Code and weights are on the disk already, as after the first load. The time is from launch to the model
+in memory; the memory is the peak of the process.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import RESULTS, machine, spread, told, write_report
+from benchmarks.measure import RESULTS, describe, machine, spread, write_report
 from benchmarks.peers import build
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 
@@ -30,7 +30,7 @@ imported = time.time()
 model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
 done = time.time()
 assert "vit_simple" not in sys.modules
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss has the parent's in it
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss includes the parent's
 print(json.dumps([imported, done, int(peak.split()[1]) * 1024]))
 """
 
@@ -59,27 +59,27 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     report = {**machine(), "loads": {}}
-    print(told(report))
+    print(describe(report))
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             torch.manual_seed(0)
             ours = ViTSimpleForImageClassification(ViTSimpleConfig.from_variant(variant, num_labels=1000))
-            sides = {"vit_simple": folder / "ours", "transformers": folder / "theirs"}
-            ours.save_pretrained(sides["vit_simple"])
-            build("transformers", ours).save_pretrained(sides["transformers"])
-            found = {side: [] for side in sides}
+            checkpoints = {"vit_simple": folder / "ours", "transformers": folder / "theirs"}
+            ours.save_pretrained(checkpoints["vit_simple"])
+            build("transformers", ours).save_pretrained(checkpoints["transformers"])
+            results = {model: [] for model in checkpoints}
             for number in range(arguments.rounds + 1):
-                for side in list(sides)[:: 1 if number % 2 else -1]:
-                    found[side].append(load(sides[side], folder))
-        found = {side: loads[1:] for side, loads in found.items()}  # the first fills the machine's caches
-        report["loads"][variant] = found
+                for model in list(checkpoints)[:: 1 if number % 2 else -1]:
+                    results[model].append(load(checkpoints[model], folder))
+        results = {model: loads[1:] for model, loads in results.items()}  # the first load fills the machine's caches
+        report["loads"][variant] = results
         print(f"{variant}:")
-        for what, unit, scale in (("seconds", "s", 1), ("from_pretrained", "s", 1), ("peak_memory", "MiB", 2**20)):
-            values = {side: [load[what] for load in loads] for side, loads in found.items()}
+        for quantity, unit, scale in (("seconds", "s", 1), ("from_pretrained", "s", 1), ("peak_memory", "MiB", 2**20)):
+            values = {model: [load[quantity] for load in loads] for model, loads in results.items()}
             ratio = median(values["vit_simple"]) / median(values["transformers"])
-            cells = [f"{side} {median(v) / scale:,.2f} {unit} (+-{spread(v):.1%})" for side, v in values.items()]
-            print(f"  {what:<16} {', '.join(cells)}: {ratio:.3f} times transformers'")
+            cells = [f"{model} {median(v) / scale:,.2f} {unit} (+-{spread(v):.1%})" for model, v in values.items()]
+            print(f"  {quantity:<16} {', '.join(cells)}: {ratio:.3f} times transformers'")
     write_report(report, RESULTS / "load.json")
 
 

@@ -1,4 +1,4 @@
-"""What the comparisons share: sides that take turns, medians with their spread, counted operations, a report."""
+"""Timing, memory and reports for the benchmarks."""
 
 import importlib.metadata
 import json
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.configuration_vit_simple import pair
+from vit_simple.sharing.record import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -32,14 +33,8 @@ PACKAGES = (
 )
 
 
-def processor_name() -> str:
-    """The processor's name; platform.processor() knows none on Linux."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def machine() -> dict:
-    """Where something was measured, and with which versions."""
+    """The hardware and the versions of packages, for a report."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -59,15 +54,16 @@ def machine() -> dict:
     }
 
 
-def told(report: dict) -> str:
-    """The machine in a line."""
-    found, versions = report["machine"], report["versions"]
-    where = found["gpu"] or f"{found['cores']} cores of {found['processor']} ({found['instructions']})"
-    return where + ", " + ", ".join(f"{name} {version}" for name, version in versions.items() if version[0].isdigit())
+def describe(report: dict) -> str:
+    """The machine and the versions of a report, in one line."""
+    machine = report["machine"]
+    hardware = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']} ({machine['instructions']})"
+    installed = [f"{name} {version}" for name, version in report["versions"].items() if version != "not installed"]
+    return ", ".join([hardware, *installed])
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """What one call takes: on a GPU between two events, on a CPU by the clock."""
+    """The time of one call: between two events on a GPU, by the clock on a CPU."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -80,20 +76,20 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - before
 
 
-def turns(sides: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every call: in each round all sides, in an order of its own, after three calls without the clock."""
-    for call in sides.values():
+def interleave(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every call: each round makes all calls once, in random order, after three warm-up calls of each."""
+    for call in calls.values():
         for _ in range(3):
             call()
-    found = {name: [] for name in sides}
+    times = {name: [] for name in calls}
     for number in range(rounds):
-        for name in random.Random(number).sample(list(sides), len(sides)):  # nobody always follows the same other one
-            found[name].append(seconds(sides[name], device))
-    return found
+        for name in random.Random(number).sample(list(calls), len(calls)):
+            times[name].append(seconds(calls[name], device))
+    return times
 
 
 def spread(times: list[float]) -> float:
-    """Half of the distance between the quartiles, as a part of the median."""
+    """Half of the interquartile range, as a fraction of the median."""
     if len(times) < 2:
         return 0.0
     first, _, third = statistics.quantiles(times, n=4, method="inclusive")
@@ -101,39 +97,39 @@ def spread(times: list[float]) -> float:
 
 
 def flops_per_image(config: ViTSimpleConfig, training: bool, every_token: bool = False) -> int:
-    """Operations of the matrix products in a forward pass or, in training, a forward and a backward one.
+    """Operations of the matrix products in a forward pass or, in training, in forward and backward.
 
-    With `every_token`, of one that carries all tokens to its end, as peers do.
+    With `every_token`, the last block computes all tokens, as the peers do, even if the head reads only one.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = ViTSimpleForImageClassification(config)
+        model = ViTSimpleForImageClassification(config)
         pixels = torch.empty(1, config.num_channels, *pair(config.image_size))
-        output = network(pixels, labels=torch.empty(1, dtype=torch.long), output_hidden_states=every_token)
+        output = model(pixels, labels=torch.empty(1, dtype=torch.long), output_hidden_states=every_token)
         if training:
             output.loss.backward()
     return counter.get_total_flops()
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large square matrix product: the ceiling for a network that is made of such."""
+    """Operations per second of a large square matrix product, the upper bound for a model made of matrix products."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    times = turns({"product": lambda: torch.mm(a, b)}, 15, device)["product"]
+    times = interleave({"product": lambda: torch.mm(a, b)}, 15, device)["product"]
     return 2 * side**3 / min(times)
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM) since `forget_peak`; on Linux only."""
+    """Memory of this process in bytes: now (VmRSS), or its peak (VmHWM) since `reset_peak`. Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def forget_peak():
+def reset_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def in_a_process(function: Callable, *arguments):
-    """What the function returns in a new process."""
+def in_new_process(function: Callable, *arguments):
+    """The result of the function, called in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

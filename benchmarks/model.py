@@ -1,15 +1,17 @@
-"""Images per second of this network and its peers: inference and training steps, in one run.
+"""Images per second of this model and its peers, in inference and in training.
 
-    PYTHONPATH=peers python -m benchmarks.model                                         # S/16 and B/16 as they come
-    PYTHONPATH=peers python -m benchmarks.model --ways eager compiled --modes training --batch_sizes 8
-    PYTHONPATH=peers python -m benchmarks.model --profile                               # where eager's time goes
+    PYTHONPATH=peers python -m benchmarks.model
+    PYTHONPATH=peers python -m benchmarks.model --backends eager compiled --modes training --batch_sizes 8
+    PYTHONPATH=peers python -m benchmarks.model --profile
 
-The sides take turns, in another order each round; a ratio is that of medians, and a spread is half of the distance
-between the quartiles. The ceiling is a large square matrix product, measured here: what a network reaches of it are the
-operations of its matrix products over time, for the peers those of ours with all tokens to the end. A training step is
-forward, loss, backward and fused AdamW. bfloat16 is autocast in training and the weights' own type in inference. Ways:
-eager; compiled, by torch.compile (max-autotune on a GPU); fast, by vit_simple.inference.compiling; bf16 and, of
-ours alone, int8, by that, too. `benchmarks/peers.py` tells how to bring the peers.
+In each round the models are called in random order. A ratio is that of medians; a spread is half of the interquartile
+range over the median. Speed is also reported as a fraction of a large square matrix product, measured here: the
+operations of the model's matrix products (for peers, those of ours if the last block computes all tokens) per second.
+A training step is forward, loss, backward and fused AdamW. bfloat16 means autocast in training, and weights in bfloat16
+in inference.
+
+Backends: eager; compiled, by torch.compile (max-autotune on a GPU); aot, by vit_simple.inference.compiling; bf16, the
+same in bfloat16; int8, the same in int8, for our model only. `benchmarks/peers.py` says how to install the peers.
 """
 
 import argparse
@@ -27,15 +29,15 @@ from transformers import PreTrainedModel
 
 from benchmarks.measure import (
     RESULTS,
+    describe,
     flops_per_image,
-    forget_peak,
-    in_a_process,
+    in_new_process,
+    interleave,
     machine,
     product_rate,
+    reset_peak,
     resident,
     spread,
-    told,
-    turns,
     write_report,
 )
 from benchmarks.peers import PEERS, build
@@ -43,7 +45,8 @@ from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.inference.compiling import compile_inference
 
 OURS = "vit_simple"
-WAYS = ("eager", "compiled", "fast", "bf16", "int8")
+BACKENDS = ("eager", "compiled", "aot", "bf16", "int8")
+AOT_BACKENDS = ("aot", "bf16", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -55,34 +58,34 @@ def config_of(variant: str, image_size: int) -> ViTSimpleConfig:
     return ViTSimpleConfig.from_variant(variant, image_size=image_size, num_labels=1000)
 
 
-def networks(config: ViTSimpleConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Every network that can be built, with the weights of ours where they fit, and why another one is missing."""
+def build_models(config: ViTSimpleConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Our model and the peers with our weights if they fit, by name; and why a peer is missing."""
     torch.manual_seed(0)
-    found, missing = {OURS: ViTSimpleForImageClassification(config)}, {}
+    models, missing = {OURS: ViTSimpleForImageClassification(config)}, {}
     for name in PEERS:
         try:
-            found[name] = build(name, found[OURS])
-        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+            models[name] = build(name, models[OURS])
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
             missing[name] = str(error)
-    return found, missing
+    return models, missing
 
 
-def inference(network: nn.Module, pixels: torch.Tensor):
+def inference_call(model: nn.Module, pixels: torch.Tensor):
     def call():
         with torch.no_grad():
-            return logits_of(network(pixels))
+            return logits_of(model(pixels))
 
     return call
 
 
-def training(network: nn.Module, pixels: torch.Tensor, autocast: bool, compiled: bool):
-    """A whole step; where it is compiled, loss and network are one graph."""
+def training_step(model: nn.Module, pixels: torch.Tensor, autocast: bool, compiled: bool):
+    """A call that makes a training step; if compiled, model and loss are one graph."""
     labels = torch.zeros(len(pixels), dtype=torch.long, device=pixels.device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def loss_of(pixels, labels):
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=autocast):
-            logits = logits_of(network(pixels))
+            logits = logits_of(model(pixels))
         return F.cross_entropy(logits.float(), labels)
 
     if compiled:
@@ -101,45 +104,45 @@ def mode_of(device: torch.device) -> str | None:
 
 
 def memory(variant: str, image_size: int, dtype: str, device: torch.device, name: str, mode: str, batch: int) -> int:
-    """The bytes that an eager network and three calls take at most, in a process that has nothing else."""
-    network = ViTSimpleForImageClassification(config_of(variant, image_size))
-    network = network if name == OURS else build(name, network)
+    """Peak bytes of an eager model and three calls; call it in a new process."""
+    model = ViTSimpleForImageClassification(config_of(variant, image_size))
+    model = model if name == OURS else build(name, model)
     evaluating = mode == "inference"
-    network = place(network, device, DTYPES[dtype] if evaluating else torch.float32).train(not evaluating)
+    model = move(model, device, DTYPES[dtype] if evaluating else torch.float32).train(not evaluating)
     pixels = torch.randn(batch, 3, image_size, image_size, device=device)
-    weights = sum(parameter.nbytes for parameter in network.parameters())
-    forget_peak()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    reset_peak()
     before = resident("VmRSS") - weights
     if evaluating:
-        call = inference(network, pixels.to(DTYPES[dtype]))
+        call = inference_call(model, pixels.to(DTYPES[dtype]))
     else:
-        call = training(network, pixels, dtype == "bfloat16", compiled=False)
+        call = training_step(model, pixels, dtype == "bfloat16", compiled=False)
     for _ in range(3):
         call()
     return torch.cuda.max_memory_reserved() if device.type == "cuda" else resident("VmHWM") - before
 
 
-def place(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Moves all of a network; SimpleViT has its positions in a plain tensor, which `to` leaves behind."""
-    for name, value in vars(network).items():
+def move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """`model.to`, which does not move the positions of SimpleViT: they are a plain tensor."""
+    for name, value in vars(model).items():
         if isinstance(value, torch.Tensor):
-            setattr(network, name, value.to(device, dtype))
-    return network.to(device, dtype)
+            setattr(model, name, value.to(device, dtype))
+    return model.to(device, dtype)
 
 
 class Case:
-    """One network size at one image size in one precision: all sides, in every way that was asked for."""
+    """All models of one size at one image size in one dtype."""
 
-    def __init__(self, variant: str, image_size: int, dtype: str, device: torch.device, ways: list[str]):
-        self.config, self.dtype, self.device, self.ways = config_of(variant, image_size), dtype, device, ways
+    def __init__(self, variant: str, image_size: int, dtype: str, device: torch.device, backends: list[str]):
+        self.config, self.dtype, self.device, self.backends = config_of(variant, image_size), dtype, device, backends
         self.title = f"{variant}, {image_size} px, {dtype}"
-        self.networks, self.missing = networks(self.config)
+        self.models, self.missing = build_models(self.config)
         self.flops = {
-            mode: {whose: flops_per_image(self.config, mode == "training", whose != OURS) for whose in (OURS, "peers")}
+            mode: {name: flops_per_image(self.config, mode == "training", name != OURS) for name in (OURS, "peers")}
             for mode in ("inference", "training")
         }
         self.folder = tempfile.TemporaryDirectory()
-        self.frozen = {}  # (side, way) -> network, compiled once for all batch sizes
+        self.aot = {}  # (name, backend) -> model, compiled once for all batch sizes
         self.differences = {}
 
     def pixels(self, batch: int) -> torch.Tensor:
@@ -147,76 +150,78 @@ class Case:
         return torch.randn(batch, 3, self.config.image_size, self.config.image_size, device=self.device)
 
     def prepare(self, mode: str):
-        """Moves the networks to the device; compiles ahead of time what is to be so."""
+        """Moves the models to the device; for inference, compiles those of the AOT backends."""
         evaluating = mode == "inference"
-        for network in self.networks.values():
-            place(network, self.device, DTYPES[self.dtype] if evaluating else torch.float32).train(not evaluating)
-        if evaluating:
-            pixels = self.pixels(2).to(DTYPES[self.dtype])
-            expected = inference(self.networks[OURS], pixels)()
-            for name, network in self.networks.items():
-                if not name.startswith("vit-pytorch"):  # which has other weights
-                    self.record_bad(name, inference(network, pixels)(), expected)
-                for way in ("fast", "bf16", "int8"):
-                    if way in self.ways and (way != "int8" or name == OURS):
-                        self.freeze(name, way, network, pixels)
+        for model in self.models.values():
+            move(model, self.device, DTYPES[self.dtype] if evaluating else torch.float32).train(not evaluating)
+        if not evaluating:
+            return
+        pixels = self.pixels(2).to(DTYPES[self.dtype])
+        expected = inference_call(self.models[OURS], pixels)()
+        for name, model in self.models.items():
+            if not name.startswith("vit-pytorch"):  # has other weights
+                self.record_difference(name, inference_call(model, pixels)(), expected)
+            for backend in AOT_BACKENDS:
+                if backend in self.backends and (backend != "int8" or name == OURS):
+                    self.compile_aot(name, backend, model, pixels)
 
-    def freeze(self, name: str, way: str, network: nn.Module, pixels: torch.Tensor):
-        path = f"{self.folder.name}/{name} {way}.pt2".replace(" ", "-")
-        compiled = place(copy.deepcopy(network), self.device, torch.bfloat16) if way == "bf16" else network
+    def compile_aot(self, name: str, backend: str, model: nn.Module, pixels: torch.Tensor):
+        path = f"{self.folder.name}/{name} {backend}.pt2".replace(" ", "-")
+        source = move(copy.deepcopy(model), self.device, torch.bfloat16) if backend == "bf16" else model
         try:
-            self.frozen[name, way] = compile_inference(with_config(compiled, self.config), path, int8=way == "int8")
-        except Exception as error:  # whatever a peer's code meets in the compiler is what there is to tell of that side
+            compiled = compile_inference(with_config(source, self.config), path, int8=backend == "int8")
+        except Exception as error:  # a peer that cannot be compiled is reported as missing
             if name == OURS and not isinstance(error, (ImportError, ValueError)):  # int8 without torchao or on a GPU
                 raise
-            self.missing[f"{name}, {way}"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.missing[f"{name}, {backend}"] = f"{type(error).__name__}: {error}".splitlines()[0]
             return
-        self.record_bad(f"{name}, {way}", self.frozen_call(name, way, pixels)(), inference(network, pixels)())
+        self.aot[name, backend] = compiled
+        logits = self.aot_call(name, backend, pixels)()
+        self.record_difference(f"{name}, {backend}", logits, inference_call(model, pixels)())
 
-    def frozen_call(self, name: str, way: str, pixels: torch.Tensor):
-        return inference(self.frozen[name, way], pixels.bfloat16() if way == "bf16" else pixels)
+    def aot_call(self, name: str, backend: str, pixels: torch.Tensor):
+        return inference_call(self.aot[name, backend], pixels.bfloat16() if backend == "bf16" else pixels)
 
-    def note(self, side: str, logits: torch.Tensor, expected: torch.Tensor):
-        """How far the logits are from the expected ones, as a part of the largest of these."""
-        self.differences[side] = ((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+    def record_difference(self, name: str, logits: torch.Tensor, expected: torch.Tensor):
+        """The largest difference of logits, as a fraction of the largest logit."""
+        self.differences[name] = ((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
-    def sides(self, mode: str, batch: int) -> dict:
+    def calls(self, mode: str, batch: int) -> dict:
+        """The calls to be timed: "MODEL, BACKEND" -> function."""
         pixels = self.pixels(batch)
         if mode == "training":
             return {
-                f"{name}, {way}": training(network, pixels, self.dtype == "bfloat16", way == "compiled")
-                for way in self.ways
-                if way in ("eager", "compiled")
-                for name, network in self.networks.items()
+                f"{name}, {backend}": training_step(model, pixels, self.dtype == "bfloat16", backend == "compiled")
+                for backend in self.backends
+                if backend in ("eager", "compiled")
+                for name, model in self.models.items()
             }
-        pixels, sides = pixels.to(DTYPES[self.dtype]), {}
-        for way in self.ways:
-            for name, network in self.networks.items():
-                if way == "eager":
-                    sides[f"{name}, {way}"] = inference(network, pixels)
-                elif way == "compiled":
-                    compiled = torch.compile(network, mode=mode_of(self.device), dynamic=False)
-                    sides[f"{name}, {way}"] = inference(compiled, pixels)
-                elif (name, way) in self.frozen:
-                    sides[f"{name}, {way}"] = self.frozen_call(name, way, pixels)
-        return sides
+        pixels, calls = pixels.to(DTYPES[self.dtype]), {}
+        for backend in self.backends:
+            for name, model in self.models.items():
+                if backend == "eager":
+                    calls[f"{name}, {backend}"] = inference_call(model, pixels)
+                elif backend == "compiled":
+                    compiled = torch.compile(model, mode=mode_of(self.device), dynamic=False)
+                    calls[f"{name}, {backend}"] = inference_call(compiled, pixels)
+                elif (name, backend) in self.aot:
+                    calls[f"{name}, {backend}"] = self.aot_call(name, backend, pixels)
+        return calls
 
 
-def with_config(network: nn.Module, config: ViTSimpleConfig) -> nn.Module:
-    """A peer's network with what `compile_inference` reads of ours."""
-    if not isinstance(network, PreTrainedModel):
-        parameter = next(network.parameters())
-        network.config, network.dtype, network.device = config, parameter.dtype, parameter.device
-    return network
+def with_config(model: nn.Module, config: ViTSimpleConfig) -> nn.Module:
+    """A peer's model with the attributes of ours that `compile_inference` reads."""
+    if not isinstance(model, PreTrainedModel):
+        parameter = next(model.parameters())
+        model.config, model.dtype, model.device = config, parameter.dtype, parameter.device
+    return model
 
 
 def measure(case: Case, mode: str, batches: list[int], rounds: int) -> list[dict]:
     case.prepare(mode)
     rows = []
     for batch in batches:
-        sides = case.sides(mode, batch)
-        found = turns(sides, rounds, case.device)
-        for name, times in found.items():
+        for name, times in interleave(case.calls(mode, batch), rounds, case.device).items():
             row = {"case": case.title, "mode": mode, "batch": batch, "side": name, "seconds": times}
             row["images_per_second"] = batch / median(times)
             flops = case.flops[mode][OURS if name.startswith(f"{OURS}, ") else "peers"]
@@ -227,20 +232,21 @@ def measure(case: Case, mode: str, batches: list[int], rounds: int) -> list[dict
 
 
 def table(rows: list[dict], ceiling: float) -> str:
-    """Images per second, in parentheses the ratio to our own first side, and what is reached of the ceiling."""
+    """Images per second, in parentheses the ratio to the first row, and the fraction of the matrix product."""
     batches = sorted({row["batch"] for row in rows})
     lines = [["", *(f"batch {batch}" for batch in batches), "of the product", "spread"]]
-    for side in dict.fromkeys(row["side"] for row in rows):
-        mine = {row["batch"]: row for row in rows if row["side"] == side}
-        base = {row["batch"]: row for row in rows if row["side"] == rows[0]["side"]}
+    names = list(dict.fromkeys(row["side"] for row in rows))
+    base = {row["batch"]: row for row in rows if row["side"] == names[0]}
+    for name in names:
+        results = {row["batch"]: row for row in rows if row["side"] == name}
         cells = []
         for batch in batches:
-            speed = mine[batch]["images_per_second"]
+            speed = results[batch]["images_per_second"]
             cells.append(f"{speed:,.1f} ({speed / base[batch]['images_per_second']:.2f})")
-        best = max(row["flops_per_second"] for row in mine.values())
-        part = "" if side.endswith((", bf16", ", int8")) else f"{best / ceiling:.0%}"  # the ceiling is of another type
-        most = max(spread(row["seconds"]) for row in mine.values())
-        lines.append([side, *cells, part, f"{most:.1%}"])
+        best = max(row["flops_per_second"] for row in results.values())
+        fraction = "" if name.endswith((", bf16", ", int8")) else f"{best / ceiling:.0%}"  # of a product in this dtype
+        largest_spread = max(spread(row["seconds"]) for row in results.values())
+        lines.append([name, *cells, fraction, f"{largest_spread:.1%}"])
     rule = ["---"] * len(lines[0])
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
 
@@ -256,16 +262,16 @@ def plot(rows: list[dict], path: Path):
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.5 * len(panels) + 2.5, 4), squeeze=False, layout="constrained"
     )
-    styles = {"eager": "-", "compiled": "--", "fast": ":", "bf16": (0, (3, 1, 1, 1)), "int8": "-."}
+    styles = {"eager": "-", "compiled": "--", "aot": ":", "bf16": (0, (3, 1, 1, 1)), "int8": "-."}
     names = list(dict.fromkeys(row["side"].rpartition(", ")[0] for row in rows))
     for axis, (case, mode) in zip(axes[0], panels):
-        mine = [row for row in rows if (row["case"], row["mode"]) == (case, mode)]
-        for side in dict.fromkeys(row["side"] for row in mine):
-            name, _, way = side.rpartition(", ")
-            points = [(row["batch"], row["images_per_second"]) for row in mine if row["side"] == side]
-            axis.plot(*zip(*points), linestyle=styles[way], color=f"C{names.index(name)}", marker=".", label=side)
+        panel = [row for row in rows if (row["case"], row["mode"]) == (case, mode)]
+        for label in dict.fromkeys(row["side"] for row in panel):
+            name, _, backend = label.rpartition(", ")
+            points = [(row["batch"], row["images_per_second"]) for row in panel if row["side"] == label]
+            axis.plot(*zip(*points), linestyle=styles[backend], color=f"C{names.index(name)}", marker=".", label=label)
         axis.set_xscale("log", base=2)
-        axis.set_xticks([row["batch"] for row in mine], [str(row["batch"]) for row in mine])
+        axis.set_xticks([row["batch"] for row in panel], [str(row["batch"]) for row in panel])
         axis.set(title=f"{case}: {mode}", xlabel="batch size", ylabel="images/s")
         axis.set_ylim(bottom=0)
     entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
@@ -276,13 +282,13 @@ def plot(rows: list[dict], path: Path):
 
 
 def print_profile(case: Case, mode: str, batch: int) -> dict[str, dict[str, float]]:
-    """Where the time of eager calls goes, by operator, in ours and in transformers' network."""
+    """The time of eager calls by operator, for our model and that of transformers."""
     case.prepare(mode)
     shares = {}
     for name in (OURS, "transformers"):
-        if name not in case.networks:
+        if name not in case.models:
             continue
-        call = case.sides(mode, batch)[f"{name}, eager"]
+        call = case.calls(mode, batch)[f"{name}, eager"]
         for _ in range(3):
             call()
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (case.device.type == "cuda")
@@ -304,23 +310,23 @@ def main():
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["eager", "fast", "bf16", "int8"])
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["eager", "aot", "bf16", "int8"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory", action="store_true", help="peak memory of each eager network, too")
-    parser.add_argument("--profile", action="store_true", help="show where eager's time goes, and measure nothing else")
+    parser.add_argument("--memory", action="store_true", help="also measure the peak memory of each eager model")
+    parser.add_argument("--profile", action="store_true", help="only show the time of eager calls by operator")
     parser.add_argument("--name", help="of the files in benchmarks/results; default: model, or profile")
     arguments = parser.parse_args()
     device, report = torch.device(arguments.device), {**machine(), "cases": [], "rows": []}
-    ways, name = (["eager"], "profile") if arguments.profile else (arguments.ways, "model")
+    backends, name = (["eager"], "profile") if arguments.profile else (arguments.backends, "model")
     path = RESULTS / f"{arguments.name or name}.json"
-    print(told(report))
+    print(describe(report))
     for dtype in arguments.dtypes:
         ceiling = product_rate(device, DTYPES[dtype])
         print(f"{dtype} matrix product: {ceiling / 1e9:,.0f} GFLOP/s")
         for variant in arguments.variants:
             for image_size in arguments.image_sizes:
-                case = Case(variant, image_size, dtype, device, ways)
+                case = Case(variant, image_size, dtype, device, backends)
                 if arguments.profile:
                     for mode in arguments.modes:
                         for batch in arguments.batch_sizes:
@@ -332,18 +338,18 @@ def main():
                     report["rows"] += rows
                     print(f"\n{case.title}: {mode}, images/s\n\n{table(rows, ceiling)}\n", flush=True)
                     write_report(report, path)
-                for name, why in case.missing.items():
-                    print(f"{name} is missing: {why}")
-                for side, difference in case.differences.items():
-                    print(f"  logits of {side}: {difference:.1e} from the expected ones")
-                told_of = {"case": case.title, "missing": case.missing, "differences": case.differences}
-                report["cases"].append({**told_of, "flops": case.flops, "product": ceiling})
+                for name, reason in case.missing.items():
+                    print(f"{name} is missing: {reason}")
+                for name, difference in case.differences.items():
+                    print(f"  logits of {name} differ by {difference:.1e}")
+                result = {"case": case.title, "missing": case.missing, "differences": case.differences}
+                report["cases"].append({**result, "flops": case.flops, "product": ceiling})
                 if arguments.memory:
                     batch = max(arguments.batch_sizes)
                     for mode in arguments.modes:
-                        for name in case.networks:
-                            peak = in_a_process(memory, variant, image_size, dtype, device, name, mode, batch)
-                            print(f"  {mode}, batch {batch}, {name}: {peak / 2**20:,.0f} MiB at most", flush=True)
+                        for name in case.models:
+                            peak = in_new_process(memory, variant, image_size, dtype, device, name, mode, batch)
+                            print(f"  {mode}, batch {batch}, {name}: peak {peak / 2**20:,.0f} MiB", flush=True)
                             row = {"case": case.title, "mode": mode, "batch": batch, "side": name, "peak_memory": peak}
                             report.setdefault("memory", []).append(row)
     write_report(report, path)

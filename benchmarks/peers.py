@@ -1,10 +1,10 @@
-"""The same plain ViT from this repository and from everyone else who can be imported, with our weights where they fit.
+"""The same plain ViT from other libraries, with our weights if they fit.
 
-    pip install --target peers --no-deps timm vit-pytorch einops torchvision    # torchvision: one that fits your torch
+    pip install --target peers --no-deps timm vit-pytorch einops torchvision    # a torchvision that fits your torch
     PYTHONPATH=peers python -m benchmarks.model
 
-Layouts of timm, transformers and torchvision hold our tensors; the ViT and SimpleViT of vit-pytorch have another patch
-embedding and no bias in attention, SimpleViT no class token either, so theirs are random.
+The models of timm, transformers and torchvision take our weights. The ViT and SimpleViT of vit-pytorch have random
+ones: their patch embedding differs and their attention has no bias, and SimpleViT has no class token.
 """
 
 from torch import nn
@@ -31,10 +31,10 @@ TORCHVISION = {
 
 
 def build(name: str, ours: ViTSimpleForImageClassification) -> nn.Module:
-    """A peer's network of the shape of ours, on the CPU in float32.
+    """A peer's model of the same size as ours, on the CPU in float32.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: the library is not installed.
     """
     config, state = ours.config, ours.state_dict()
     size, patch, width, depth = config.image_size, config.patch_size, config.hidden_size, config.num_hidden_layers
@@ -45,24 +45,24 @@ def build(name: str, ours: ViTSimpleForImageClassification) -> nn.Module:
         fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size")
         same = {field: getattr(config, field) for field in (*fields, "patch_size", "layer_norm_eps")}
         theirs = ViTConfig(**same, num_labels=classes)
-        # Names in memory are not those of files in transformers 5; from_pretrained knows both.
+        # In transformers 5 parameters have other names in memory than in files; from_pretrained knows both.
         return ViTForImageClassification.from_pretrained(
             None, config=theirs, state_dict=export_state_dict(state, VIT, "vit.")
         )
     if name == "timm":
         from timm.models.vision_transformer import VisionTransformer
 
-        network = VisionTransformer(size, patch, 3, classes, embed_dim=width, depth=depth, num_heads=heads)
-        network.load_state_dict(state)
+        model = VisionTransformer(size, patch, 3, classes, embed_dim=width, depth=depth, num_heads=heads)
+        model.load_state_dict(state)
     elif name == "torchvision":
         from torchvision.models import VisionTransformer
 
-        network = VisionTransformer(size, patch, depth, heads, width, inner, num_classes=classes)
-        network.load_state_dict({their_keys(ours, TORCHVISION)[0]: tensor for ours, tensor in state.items()})
+        model = VisionTransformer(size, patch, depth, heads, width, inner, num_classes=classes)
+        model.load_state_dict({their_keys(ours, TORCHVISION)[0]: tensor for ours, tensor in state.items()})
     else:
         from vit_pytorch import SimpleViT, ViT
 
-        kind = {"vit-pytorch ViT": ViT, "vit-pytorch SimpleViT": SimpleViT}[name]
+        model_class = {"vit-pytorch ViT": ViT, "vit-pytorch SimpleViT": SimpleViT}[name]
         shape = {"image_size": size, "patch_size": patch, "num_classes": classes, "dim": width, "depth": depth}
-        network = kind(**shape, heads=heads, mlp_dim=inner, dim_head=width // heads)
-    return network
+        model = model_class(**shape, heads=heads, mlp_dim=inner, dim_head=width // heads)
+    return model

@@ -3,7 +3,7 @@
 import math
 import re
 
-from ..configuration_vit_simple import VARIANTS, ViTSimpleConfig, pair
+from ..configuration_vit_simple import VARIANTS, ViTSimpleConfig, label_maps, pair
 from .state_dict import Tensors, drop, import_state_dict, join_names, refuse, with_learned_positions
 
 DEIT3 = {f"blocks.*.ls{branch}.gamma": f"blocks.*.gamma_{branch}" for branch in (1, 2)}  # as its authors wrote it
@@ -167,7 +167,7 @@ def fields_of_head(content: dict, tensors: Tensors, fields: dict) -> dict:
     names = content.get("label_names") or [f"LABEL_{index}" for index in range(count)]
     if not isinstance(names, list) or len(names) != count:
         raise ValueError(f"label_names: expected a list of {count} names, got {names}")
-    return found | {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    return found | label_maps(names)
 
 
 def to_timm(config: ViTSimpleConfig, tensors: Tensors, notes: list[str]) -> tuple[dict, Tensors]:

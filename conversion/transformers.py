@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, pair
+from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, label_maps, pair
 from .state_dict import Tensors, drop, export_state_dict, import_state_dict, join_names, refuse, with_learned_positions
 
 # Our names and theirs; * is a block's number, and a list is what follows each other in one tensor of ours.
@@ -129,7 +129,7 @@ def read_projection(tensors: Tensors, notes: list[str]) -> dict:
     tensors["visual_projection.bias"] = tensors["visual_projection.weight"].new_zeros(features)
     notes.append(f"the head is CLIP's projection to {features} features, which are no classes")
     names = [f"feature {number}" for number in range(features)]
-    return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    return label_maps(names)
 
 
 def read_halves(tensors: Tensors, notes: list[str]) -> dict:

@@ -1,1 +1,1 @@
-"""A dataset comes in; batches of uint8 pixels and, augmented on the device, of floats for the model go out."""
+"""In: the name of a dataset. Out: batches of uint8 pixels and targets, and augmented float batches for the model."""

@@ -11,24 +11,24 @@ MARK = "augment"
 
 
 def mark_for_augmentation(rows: dict[str, list]) -> dict[str, list]:
-    """The transform of a training set, `dataset.with_transform(mark_for_augmentation)`, for `TrainerCollator`."""
+    """Marks rows for TrainerCollator to augment: `train_dataset.with_transform(mark_for_augmentation)`."""
     return {**rows, MARK: [True] * len(next(iter(rows.values())))}
 
 
 class TrainerCollator:
-    """Rows to `pixel_values` and `labels`, augmented and mixed if they are marked, else as the processor makes them.
+    """Makes `pixel_values` (B, C, H, W) and `labels` from rows; marked rows are augmented and get soft labels (B, K).
 
-    Trainer has one collator for training and evaluation; this one smooths and mixes the labels of marked rows alone. It
-    needs `remove_unused_columns=False` in TrainingArguments, no `label_smoothing_factor` there, and a model loaded with
-    `problem_type="single_label_classification"`, since marked rows get soft labels (B, K).
+    Trainer uses the same collator for training and evaluation, so training rows are marked. Use it with
+    `remove_unused_columns=False` and without `label_smoothing_factor` in TrainingArguments, and load the model with
+    `problem_type="single_label_classification"`, which soft labels need.
 
     Args:
         processor: the checkpoint's image processor.
-        augment: what happens to marked rows.
-        image_column, label_column: their names.
+        augment: applied to batches of marked rows.
+        image_column, label_column: the names of the columns.
 
     Raises:
-        ValueError: some rows of a batch are marked and others not.
+        ValueError: a batch has marked rows and others.
     """
 
     def __init__(self, processor: BaseImageProcessor, augment: Augment, image_column="image", label_column="label"):
@@ -40,7 +40,7 @@ class TrainerCollator:
         labels = torch.tensor([row[self.label_column] for row in rows])
         marks = {MARK in row for row in rows}
         if len(marks) > 1:
-            raise ValueError("rows: expected all of them marked for augmentation or none, got some")
+            raise ValueError("rows: expected all or none of a batch to be marked for augmentation, got some")
         if marks == {True}:
             pixel_values, labels = self.augment(pixels, labels)
         else:

@@ -1,7 +1,7 @@
-"""From the rows of a data set to batches of `uint8` pixels and their targets, kept decoded or decoded anew.
+"""Batches of uint8 pixels and targets, from images cached in memory or decoded in every epoch.
 
 `B` batch, `C` channels, `H W` pixels, `K` classes. Every random choice is a function of (seed, epoch, row), so that any
-step can be repeated by any number of workers.
+step can be repeated with any number of workers.
 """
 
 import contextlib
@@ -22,26 +22,25 @@ from .decoding import BadImage, Decoder, open_image, raise_bad_image
 from .labels import BadLabel
 from .loading import ImageData
 
-CACHE_BYTES = 4 * 2**30  # the largest split that is kept decoded
-DECODE_BATCH = 256  # images decoded at a time for that
-FIRST = 64  # images that tell whether a dataset has 16 bits
-MANY = 4096  # images that are worth the start of processes
+MAX_CACHE_BYTES = 4 * 2**30
+HEADER_BATCH_SIZE = 256  # images whose headers are read at a time
+BIT_DEPTH_ROWS = 64  # images whose headers tell whether a dataset has 16 bits
 
 
 def seed_for(*key) -> int:
-    """A seed that is a pure function of its key, as (seed, step, rank): a step that is repeated draws the same."""
+    """A seed that is a pure function of its key, for example (seed, step, rank): a repeated step draws the same."""
     return random.Random(repr(key)).getrandbits(63)
 
 
 def fits_in_cache(count: int, shape: tuple[int, int, int]) -> bool:
-    """Whether so many images (C, H, W) may be kept decoded."""
-    return count * math.prod(shape) <= CACHE_BYTES
+    """Whether `count` images of shape (C, H, W) may be cached."""
+    return count * math.prod(shape) <= MAX_CACHE_BYTES
 
 
 def have_equal_sizes(rows: Dataset, column: str) -> bool:
-    """Whether all images have one size; reads headers, up to the first that differs. Bad images are not counted."""
+    """Whether all images have the same size; reads only their headers. Bad images are ignored."""
     first = None
-    for batch in rows.select_columns([column]).iter(DECODE_BATCH):
+    for batch in rows.select_columns([column]).iter(HEADER_BATCH_SIZE):
         for value in batch[column]:
             with contextlib.suppress(BadImage), raise_bad_image():
                 size = open_image(value).size
@@ -55,7 +54,7 @@ def has_16_bit_images(data: ImageData) -> bool:
     """Whether one of the first training images is gray with 16 bits; reads their headers."""
     if data.array_shape is not None:
         return False
-    for value in next(iter(data.splits["train"].iter(FIRST)))[data.image_column]:
+    for value in next(iter(data.splits["train"].iter(BIT_DEPTH_ROWS)))[data.image_column]:
         with contextlib.suppress(BadImage), raise_bad_image():
             if open_image(value).mode.startswith("I"):
                 return True
@@ -63,17 +62,24 @@ def has_16_bit_images(data: ImageData) -> bool:
 
 
 def column_values(table: pa.Table, column: str) -> list:
-    """The values of a column: arrays as arrays, all else as Python's own."""
+    """The values of a column: arrays as NumPy arrays, everything else as Python objects."""
     chunk = table.column(column).combine_chunks()
     if isinstance(chunk.type, pa.ExtensionType):
         arrays = chunk.to_numpy(zero_copy_only=False)
-        return [array if there else None for array, there in zip(arrays, chunk.is_valid().to_pylist())]
+        return [array if is_valid else None for array, is_valid in zip(arrays, chunk.is_valid().to_pylist())]
     return chunk.to_pylist()
 
 
 @dataclass
 class LoaderContext:
-    """The process that reads: one of `world`, with so many decoding processes beside the training, and before it."""
+    """The process that trains, and its workers.
+
+    Args:
+        device: where batches go.
+        num_workers: worker processes that decode during training; 0: the process itself decodes.
+        rank, world_size: of the training processes.
+        cache_workers: worker processes that fill the cache before training.
+    """
 
     device: torch.device
     num_workers: int = 0
@@ -81,24 +87,24 @@ class LoaderContext:
     world_size: int = 1
     cache_workers: int = 0
 
-    def any_process(self, mine: bool) -> bool:
-        """Whether it is so in any process; they all ask."""
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all processes must call it."""
         if self.world_size == 1:
-            return mine
-        flag = torch.tensor([mine], dtype=torch.int32, device=self.device)
+            return flag
+        flag = torch.tensor([flag], dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 
 
 class ImageSplit:
-    """One split as pixels and targets: `Images` reads it in any order, `Stream` (stream.py) from one end to the other.
+    """One split as batches of pixels and targets; the base of MapStyleSplit and StreamingSplit.
 
     Args:
-        data, split: the rows.
-        decode: from a row to pixels.
-        context: the process that reads, and its workers.
+        data, split: the dataset and the name of the split.
+        decode: makes pixels from an undecoded image.
+        context: the process and its workers.
         on_bad_image: "error" or "skip".
-        seed: decides the order.
+        seed: determines the order.
     """
 
     def __init__(
@@ -114,19 +120,19 @@ class ImageSplit:
         self.on_bad_image, self.seed = on_bad_image, seed
         self.rows = data.splits[split]
         self.size = data.sizes[split]
-        self.bad = {}  # which row -> why, of what was skipped so far
+        self.bad = {}  # name of a row that was skipped -> reason
 
-    def read_row(self, row: int | tuple, name: str, epoch: int, value, label, bad: dict[str, str]) -> tuple:
-        """The image and the target of a row; None and None where it is bad, which `bad` then says."""
+    def read_row(self, row: int | tuple, name: str, epoch: int, image, label, bad: dict[str, str]) -> tuple:
+        """The decoded image and the target of a row; (None, None) and an entry in `bad` if one of them is bad."""
         try:
-            return self.decode(value, epoch, row), self.data.labels.target(label)
+            return self.decode(image, epoch, row), self.data.labels.target(label)
         except (BadImage, BadLabel) as error:
-            path = f" ({value['path']})" if isinstance(value, dict) and value["path"] else ""
+            path = f" ({image['path']})" if isinstance(image, dict) and image["path"] else ""
             bad[f"{name} of the split {self.split!r}{path}"] = str(error)
             return None, None
 
     def batch(self, images: list, targets: list, bad: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Pixels (B, C, H, W), targets (B, ...) and what was bad; a target that is None does not count."""
+        """Pixels (B, C, H, W), targets (B,) or (B, K), and `bad`; targets that are None become ignored ones."""
         labels = self.data.labels.ignored_targets(len(images))
         for slot, target in enumerate(targets):
             if target is not None:
@@ -134,105 +140,107 @@ class ImageSplit:
         return self.decode.stack(images), labels, bad
 
     def record_bad(self, bad: dict[str, str]):
-        """Takes down what was skipped.
+        """Adds rows to those that were skipped.
 
         Raises:
-            BadImage: nothing may be skipped, or nothing would be left.
+            BadImage: bad rows may not be skipped, or the split has no others.
         """
         if bad and self.on_bad_image == "error":
             row, reason = next(iter(bad.items()))
-            raise BadImage(f"--on_bad_image: expected an image, got {row}: {reason}; skip passes over it")
+            raise BadImage(f"{row} cannot be used: {reason}; use --on_bad_image skip to ignore such rows")
         self.bad.update(bad)
         if len(self.bad) == self.size:
-            raise BadImage(f"--on_bad_image: expected an image to be left in the split {self.split!r}, got none")
+            raise BadImage(f"every row of the split {self.split!r} is bad: it has no image that can be used")
 
     def samples(self, count: int) -> list[tuple]:
-        """Image, for `decode.stack`, and target of at most so many rows, to look at; bad ones are left out."""
-        read = (self.read_row(row, "", 0, value, label, {}) for row, value, label in self.sample_rows(count))
-        return [(image, target) for image, target in read if image is not None]
+        """Decoded image, for `decode.stack`, and target of up to `count` rows without the bad ones."""
+        decoded = (self.read_row(row, "", 0, image, label, {}) for row, image, label in self.sample_rows(count))
+        return [(image, target) for image, target in decoded if image is not None]
 
-    def load(self, workers: int, **loading) -> Iterator:
-        """What so many decoding processes make."""
+    def load(self, num_workers: int, **options) -> Iterator:
+        """The batches of a DataLoader whose workers ignore signals."""
         pin = self.context.device.type == "cuda"
-        options = {"num_workers": workers, "worker_init_fn": ignore_signals}
-        return iter(DataLoader(collate_fn=identity, pin_memory=pin, **options, **loading))
+        options |= {"num_workers": num_workers, "worker_init_fn": ignore_signals}
+        return iter(DataLoader(collate_fn=identity, pin_memory=pin, **options))
 
     def to_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.to(self.context.device, non_blocking=True) for tensor in tensors)
 
 
 class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
-    """Rows that are read by number, or kept decoded.
+    """A split whose rows are read in any order, and may be cached.
 
-    A key is (epoch, rows); the row -1 is padding, which does not count. Nor does a bad image in an evaluation; in
-    training the next row takes its place.
+    A batch is requested by a key (epoch, row numbers). The row -1 is padding: its target is ignored. So is that of a
+    bad image in evaluation; in training it is replaced by the next row.
     """
 
-    cached = None  # pixels and targets of the whole split, and of padding
+    cached = None  # pixels (N, C, H, W) and targets (N + 1, ...) of all rows and of padding
 
-    def at(self, rows: list[int]) -> Iterator[tuple]:
+    def read(self, rows: list[int]) -> Iterator[tuple]:
         """The undecoded image and the label of each row."""
         table = self.rows.with_format("arrow")[rows]
         return zip(column_values(table, self.data.image_column), column_values(table, self.data.labels.column))
 
     def sample_rows(self, count: int) -> Iterator[tuple]:
-        """Number, undecoded image and label of rows that the seed draws."""
+        """Number, undecoded image and label of random rows, drawn by seed."""
         generator = torch.Generator().manual_seed(seed_for(self.seed, "some"))
         rows = torch.randperm(self.size, generator=generator)[:count].tolist()
-        return ((row, *read) for row, read in zip(rows, self.at(rows)))
+        return ((row, image, label) for row, (image, label) in zip(rows, self.read(rows)))
 
     def __getitems__(self, key: tuple[int, list[int]]) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
         epoch, rows = key
         replace = self.split == "train" and self.on_bad_image == "skip"
         images, targets, bad = [], [], {}
-        for row, (value, label) in zip(rows, self.at([max(row, 0) for row in rows])):
+        for row, (undecoded, label) in zip(rows, self.read([max(row, 0) for row in rows])):
             image = target = None
             if row >= 0:
-                image, target = self.read_row(row, f"row {row}", epoch, value, label, bad)
+                image, target = self.read_row(row, f"row {row}", epoch, undecoded, label, bad)
                 while image is None and replace and len(bad) < self.size:
                     row = (row + 1) % self.size
-                    ((value, label),) = self.at([row])
-                    image, target = self.read_row(row, f"row {row}", epoch, value, label, bad)
+                    ((undecoded, label),) = self.read([row])
+                    image, target = self.read_row(row, f"row {row}", epoch, undecoded, label, bad)
             images.append(image)
             targets.append(target)
         return self.batch(images, targets, bad)
 
-    def decoded(self, keys: Iterable, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pixels, targets, bad in self.load(workers, dataset=self, batch_sampler=keys):
+    def decoded(self, keys: Iterable, num_workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for pixels, targets, bad in self.load(num_workers, dataset=self, batch_sampler=keys):
             self.record_bad(bad)
             yield pixels, targets
 
-    def cache(self, quiet: bool):
-        """Decodes the whole split once, onto the device, before the training."""
+    def cache(self, quiet: bool = False, batch_size: int = 256, min_size_for_workers: int = 4096):
+        """Decodes the whole split once and keeps it on the device; starting workers does not pay for small splits."""
         pixels = torch.empty(self.size, *self.decode.shape, dtype=torch.uint8)
-        targets = self.data.labels.ignored_targets(self.size + 1)  # the last is that of padding
-        starts = range(0, self.size, DECODE_BATCH)
-        keys = [(0, list(range(start, min(start + DECODE_BATCH, self.size)))) for start in starts]
+        targets = self.data.labels.ignored_targets(self.size + 1)  # the last one is the target of padding
+        starts = range(0, self.size, batch_size)
+        keys = [(0, list(range(start, min(start + batch_size, self.size)))) for start in starts]
         progress = tqdm(total=self.size, desc=f"decoding {self.split}", unit="image", leave=False, disable=quiet)
-        workers = self.context.cache_workers if self.size >= MANY else 0
-        for start, (batch, batch_targets) in zip(starts, self.decoded(keys, workers)):
+        num_workers = self.context.cache_workers if self.size >= min_size_for_workers else 0
+        for start, (batch, batch_targets) in zip(starts, self.decoded(keys, num_workers)):
             pixels[start : start + len(batch)], targets[start : start + len(batch)] = batch, batch_targets
             progress.update(len(batch))
         progress.close()
         self.cached = pixels.to(self.context.device), targets.to(self.context.device)
 
     def batches(self, keys: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """On the device: uint8 pixels (B, C, H, W) and targets (B,) or (B, K) for each key."""
+        """uint8 pixels (B, C, H, W) and targets (B,) or (B, K) on the device, for each key."""
         if self.cached is None:
             for batch in self.decoded(keys, self.context.num_workers):
                 yield self.to_device(*batch)
         else:
             for _, rows in keys:
                 (rows,) = self.to_device(torch.tensor(rows))
-                yield self.cached[0][rows], self.cached[1][rows]
+                pixels, targets = self.cached
+                yield pixels[rows], targets[rows]
 
     def training(self, batch_size: int, accumulation: int, first_step: int) -> Iterator:
-        """`batches` from a step on, without end."""
-        shares = (self.context.rank, self.context.world_size)
-        return self.batches(training_keys(self.size, batch_size, accumulation, *shares, self.seed, first_step))
+        """Endless `batches`, starting at a step."""
+        rank, world_size = self.context.rank, self.context.world_size
+        keys = training_keys(self.size, batch_size, accumulation, rank, world_size, self.seed, first_step)
+        return self.batches(keys)
 
     def evaluation(self, batch_size: int) -> Iterator:
-        """`batches` of one pass, as many in every process."""
+        """`batches` of every row once, equally many in each process."""
         return self.batches(evaluation_keys(self.size, batch_size, self.context.rank, self.context.world_size))
 
 
@@ -241,34 +249,36 @@ def identity(batch):
 
 
 def ignore_signals(worker: int):
-    """Ctrl-C and SIGTERM may reach the whole group of processes while the parent still needs the batches of its step.
+    """Lets a worker survive Ctrl-C and SIGTERM, since the training process still needs batches to finish its step.
 
-    SIGTERM may also be the parent's own, for a worker that does not end: it then ends a little later.
+    SIGTERM may also come from the DataLoader, to end a worker that hangs: it ends after 10 seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # seconds; SIGALRM ends it
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # SIGALRM ends the worker
 
 
-def training_keys(count: int, batch_size: int, accumulation: int, rank: int, world: int, seed: int, first_step: int):
-    """The keys of one process, for every batch from a step on, without end.
+def training_keys(
+    size: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int, first_step: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Endless keys of one process, starting at a step.
 
-    Each epoch has an order of its own; what does not fill a step (batch_size * accumulation * world) is left out.
-    Processes take turns, so that a step has the same rows with any number of them.
+    Each epoch has its own order. Rows that do not fill a step (batch_size * accumulation * world_size) are left out.
+    A step has the same rows with any number of processes: each takes every world_size-th batch.
     """
-    per_epoch = count // (batch_size * accumulation * world) * accumulation
-    order_epoch, order = None, None
+    batches_per_epoch = size // (batch_size * accumulation * world_size) * accumulation
+    shuffled_epoch, order = None, None
     for number in itertools.count(first_step * accumulation):
-        epoch, position = divmod(number, per_epoch)
-        if epoch != order_epoch:
+        epoch, position = divmod(number, batches_per_epoch)
+        if epoch != shuffled_epoch:
             generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
-            order_epoch, order = epoch, torch.randperm(count, generator=generator)
-        first = (position * world + rank) * batch_size
+            shuffled_epoch, order = epoch, torch.randperm(size, generator=generator)
+        first = (position * world_size + rank) * batch_size
         yield epoch, order[first : first + batch_size].tolist()
 
 
-def evaluation_keys(count: int, batch_size: int, rank: int, world: int) -> list[tuple[int, list[int]]]:
-    """The keys of one process for one pass over all rows: full batches, as many for each process, padded with -1."""
-    steps = math.ceil(count / (batch_size * world))
-    rows = [row if row < count else -1 for row in range(steps * batch_size * world)]
-    starts = range(rank * batch_size, len(rows), batch_size * world)
+def evaluation_keys(size: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, list[int]]]:
+    """The keys of one process for all rows: full batches, equally many in each process, padded with -1."""
+    steps = math.ceil(size / (batch_size * world_size))
+    rows = [row if row < size else -1 for row in range(steps * batch_size * world_size)]
+    starts = range(rank * batch_size, len(rows), batch_size * world_size)
     return [(0, rows[start : start + batch_size]) for start in starts]

@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from transformers import BaseImageProcessor
 
+from ..files import UserError
 from .processors import process
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
 MAX_ASPECT_RATIO = 50  # times its short side: what is kept, nearly, of a longer image that is cropped to its middle
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """A row whose image cannot be decoded, or is too large to be decoded."""
 
 

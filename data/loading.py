@@ -1,13 +1,13 @@
-"""From a name to a data set whose columns and labels are known, on the Hub or on disk, as a whole or as a stream."""
+"""Load a dataset from the Hub or the disk, find its two columns, check every label and hold out a validation split."""
 
+import contextlib
 import itertools
-import math
-from collections import Counter
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import yaml
 from datasets import (
     Array2D,
     Array3D,
@@ -20,28 +20,47 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
-from datasets.utils.stratify import stratified_shuffle_split_generate_indices
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from tqdm import tqdm
 
-from ..files import ROOT
-from .labels import SINGLE, Labels, build_labels, column_kind, column_names, count_labels, find_label_column
+from ..files import ROOT, UserError
+from .labels import (
+    LabelCounts,
+    Labels,
+    build_labels,
+    column_kind,
+    column_names,
+    count_labels,
+    find_label_column,
+)
+from .splitting import split_rows, subsample
 
-FEW = 1_000  # rows that tell whether a stream's labels are secret
-LABEL_BATCH = 1_000  # labels read at a time from a stream
-FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # what reads a file
-
-
-# From a name to splits whose columns and labels are known
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # file name extension -> builder
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+LABEL_BATCH_SIZE = 1_000  # labels read at a time from a stream
+HIDDEN_LABELS_SAMPLE = 1_000  # labels that are read to see whether the test split of a stream has any
+# What a wrong name, a wrong option or a damaged file raises in `datasets`: among the ValueErrors are ArrowInvalid and
+# an unknown config, among the RepositoryNotFoundErrors a gated dataset.
+USER_MISTAKES = (
+    DatasetsError,
+    FileNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    ValueError,
+    tarfile.TarError,
+    yaml.YAMLError,
+)
 
 
 @dataclass
 class ImageData:
-    """A data set, its images not decoded yet.
+    """A dataset whose labels are checked and whose images are not decoded yet.
 
     Args:
-        splits: "train" and, where they exist, "validation" and "test"; each has the two columns alone.
+        splits: "train" and, if they exist, "validation" and "test"; each has the two columns only.
         image_column: images as {"path", "bytes"}, or uint8 arrays.
-        labels: what the other column means.
+        labels: the meaning of the other column.
         sizes: the number of rows of each split.
         array_shape: (C, H, W) of the arrays; None for images.
     """
@@ -57,81 +76,6 @@ class ImageData:
         return 3 if self.array_shape is None else self.array_shape[0]
 
 
-def find_image_column(features: Features, name: str | None) -> str:
-    """The column called `name` or, without a name, the only one with images or, if there is none, with arrays.
-
-    Raises:
-        ValueError: the named column is missing or of another type; without a name, none or several fit.
-    """
-    images = [column for column, feature in features.items() if isinstance(feature, Image)]
-    arrays = [column for column, feature in features.items() if isinstance(feature, (Array2D, Array3D))]
-    fitting = images or arrays
-    if name is None and len(fitting) == 1:
-        return fitting[0]
-    if name in images + arrays:
-        return name
-    wanted = "one Image column" if name is None else f"images in the column {name!r}"
-    hint = "" if images or arrays else "; a folder of pictures with a metadata.csv (file_name, label) has images"
-    raise ValueError(f"--image_column_name: expected {wanted}, got the columns {column_names(features)}{hint}")
-
-
-def array_shape(feature: Array2D | Array3D) -> tuple[int, int, int]:
-    """(C, H, W) of a column of arrays, of which two dimensions are one channel.
-
-    Raises:
-        ValueError: they are not uint8, or have no fixed shape.
-    """
-    if feature.dtype != "uint8" or None in feature.shape:
-        raise ValueError(
-            "--image_column_name: expected uint8 arrays of a fixed shape (channels, height, width) or (height, width), "
-            f"got {feature.dtype} of shape {tuple(feature.shape)}"
-        )
-    return (1, *feature.shape) if isinstance(feature, Array2D) else tuple(feature.shape)
-
-
-def load_splits(
-    name: str,
-    config_name: str | None = None,
-    revision: str | None = None,
-    streaming: bool = False,
-    label_column: str | None = None,
-) -> dict[str, Dataset | IterableDataset]:
-    """A Hub id, a folder of images or files, what `save_to_disk` wrote, or one parquet, arrow or tar file (WebDataset).
-
-    With `label_column` it is that column of a stream, read without the images where the format allows it.
-
-    Raises:
-        ValueError: it cannot be loaded; what `save_to_disk` wrote is to be streamed.
-    """
-    path = Path(name)
-    if not path.exists() and (ROOT / name).is_dir():
-        path = ROOT / name
-    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    if saved and streaming:
-        raise ValueError(
-            f"--streaming: expected none for {name!r}, which save_to_disk wrote: it stays on the disk anyway"
-        )
-    try:
-        if saved:
-            splits = load_from_disk(str(path))
-            return splits if isinstance(splits, DatasetDict) else {"train": splits}
-        where = (str(path), config_name)
-        given = {"revision": revision}
-        if path.suffix in FILES and path.is_file():
-            where, given = (FILES[path.suffix],), {"data_files": str(path)}
-        elif not path.exists():
-            where = (name, config_name)
-        if label_column is None:
-            return load_dataset(*where, **given, streaming=streaming)
-        if hasattr(load_dataset_builder(*where, **given).config, "columns"):
-            return load_dataset(*where, **given, streaming=True, columns=[label_column])
-        splits = load_dataset(*where, **given, streaming=True)
-        return {split: rows.select_columns([label_column]) for split, rows in splits.items()}
-    except Exception as error:  # the Hub, the file system and every builder have errors of their own
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"--dataset_name: {name!r} cannot be loaded: {reason}") from error
-
-
 def load_image_data(
     name: str,
     *,
@@ -145,109 +89,235 @@ def load_image_data(
     seed: int = 0,
     streaming: bool = False,
     count_classes: bool = False,
-    on_main_process: Callable = lambda read: read(),
+    on_main_process: Callable = lambda function: function(),
 ) -> ImageData:
-    """Loads a data set and checks all its labels once, those of a stream if it reads them; see `stream_labels`.
+    """Loads a dataset and checks its labels.
 
     Args:
-        name, config_name, revision: as for `load_splits`; `data/digits` is also found beside this file.
-        image_column, label_column: their names, needed where a data set has several candidates.
-        validation_fraction: the part of "train", in [0, 1), that becomes "validation" where the data set has none (nor
-            "valid", "val" or "dev"): stratified by class, and always the same for a seed. A stream is not split.
-        max_train_samples, max_eval_samples: at most so many rows of "train" and of each other split, drawn by seed;
-            not for a stream.
-        streaming: rows are read when they are needed, from files or from the Hub.
-        count_classes: the labels of a stream are read even where its classes and its size are known.
-        on_main_process: calls what reads them; it may do so in one process for all.
+        name, config_name, revision: see `load_splits`.
+        image_column, label_column: needed if several columns could be meant.
+        validation_fraction: fraction of "train", in [0, 1), that is held out, stratified by class, if there is no
+            validation split. The same seed holds out the same rows. A stream is never split.
+        max_train_samples, max_eval_samples: use a random subset of this size, drawn by seed; not for a stream.
+        count_classes: read all labels of a stream, even if its classes and its size are known.
+        on_main_process: calls the function that reads them, so that several processes can share the result.
 
     Raises:
-        ValueError: no such data set, column or "train" split, an empty split, fewer than two classes, or a label
-            that is not one of them; a `validation_fraction` too small or too large for the classes.
+        UserError: the dataset cannot be loaded, lacks a split or column, or has labels that cannot be learned.
     """
     splits = load_splits(name, config_name, revision, streaming)
-    if "train" not in splits:
-        raise ValueError(f"--dataset_name: expected a 'train' split in {name!r}, got {', '.join(splits)}")
     features = splits["train"].features
     image_column = find_image_column(features, image_column)
     label_column = find_label_column(features, label_column)
-    validation = next((split for split in ("validation", "valid", "val", "dev") if split in splits), None)
-    names = {"train": "train", "validation": validation, "test": "test"}
-    names = {split: there for split, there in names.items() if there in splits}
-    used = {split: splits[there].select_columns([image_column, label_column]) for split, there in names.items()}
-    shape = None
-    if isinstance(features[image_column], Image):
-        used = {split: rows.cast_column(image_column, Image(decode=False)) for split, rows in used.items()}
-    else:
-        shape = array_shape(features[image_column])
-
-    kind, found = column_kind(features[label_column]), {}
+    splits, shape = select_columns(splits, image_column, label_column)
+    kind = column_kind(features[label_column])
     if streaming:
-        infos = {split: (rows.info.splits or {}).get(names[split]) for split, rows in used.items()}
-        sizes = {split: (info and info.num_examples) or None for split, info in infos.items()}
-        columns = load_splits(name, config_name, revision, streaming, label_column)
-        if count_classes or None in sizes.values() or kind not in ("class", "classes"):
-            found = on_main_process(
-                lambda: {split: count_labels(stream_labels(columns[names[split]], split), kind) for split in used}
-            )
-    else:
-        values = {split: rows[label_column][:] for split, rows in used.items()}
-        found = {split: count_labels(part, kind) for split, part in values.items()}
-    labels = build_labels(label_column, features[label_column], found.get("train"))
-    if "test" in used:
-        part = found.get("test") or count_labels(
-            itertools.islice(stream_labels(columns[names["test"]], "test"), FEW), kind
-        )
-        if labels.are_hidden(part):
-            del used["test"]
-            found.pop("test", None)
-    for split, part in found.items():
-        labels.check(split, part)
-    if streaming:
-        if found:
-            sizes = {split: part.rows for split, part in found.items()}
-            labels.count(found["train"])
-        return ImageData(used, image_column, labels, sizes, shape)
+        label_streams = stream_label_column(name, config_name, revision, label_column)
+        count_all = count_classes or kind not in ("class", "classes")
+        labels, sizes = check_stream(splits, label_streams, label_column, count_all, on_main_process)
+        return ImageData(splits, image_column, labels, sizes, shape)
 
-    if "validation" not in used and validation_fraction:
-        train, targets = used["train"], [labels.target(value) for value in values["train"]]
-        try:
-            parts = split_rows(targets, labels, validation_fraction, seed)
-        except ValueError as error:
-            reason = f"{error}; integers and words are classes, floats are numbers" if kind == "value" else error
-            raise ValueError(f"--train_val_split: {validation_fraction} does not suit {name!r}: {reason}") from error
-        used["train"], used["validation"] = (train.select(rows) for rows in parts)
-    for split, rows in used.items():
-        most = max_train_samples if split == "train" else max_eval_samples
-        if most is not None and most < len(rows):
-            used[split] = rows.select(np.random.default_rng(seed).permutation(len(rows))[:most])
-    labels.count(count_labels(used["train"][label_column][:], kind))
-    return ImageData(used, image_column, labels, {split: len(rows) for split, rows in used.items()}, shape)
+    values = {split: rows[label_column][:] for split, rows in splits.items()}
+    counts = {split: count_labels(labels, kind) for split, labels in values.items()}
+    labels = check_splits(splits, label_column, counts, counts.get("test"))
+    if "validation" not in splits and validation_fraction:
+        targets = [labels.target(value) for value in values["train"]]
+        kept, held_out = split_rows(targets, labels, validation_fraction, seed)
+        splits["train"], splits["validation"] = splits["train"].select(kept), splits["train"].select(held_out)
+    for split, rows in splits.items():
+        splits[split] = subsample(rows, max_train_samples if split == "train" else max_eval_samples, seed)
+    labels.fit(count_labels(splits["train"][label_column][:], kind))
+    return ImageData(splits, image_column, labels, {split: len(rows) for split, rows in splits.items()}, shape)
 
 
-def stream_labels(column: IterableDataset, split: str) -> Iterator:
-    """One pass over the labels of a stream; ClassLabel needs none if the card's dataset_info has the number of rows."""
-    progress = tqdm(desc=f"reading the labels of {split}", unit="row", leave=False)
-    for columns in column.iter(LABEL_BATCH):
-        (values,) = columns.values()
-        yield from values
-        progress.update(len(values))
-    progress.close()
+# Loading
 
 
-def split_rows(targets: list, labels: Labels, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of "train" and those of "validation": drawn by seed and, for single labels, of equal shares.
+@contextlib.contextmanager
+def raise_user_error(message: str, *more: type[Exception]):
+    """Turns what a wrong name, a wrong option or a damaged file raises in `datasets`, and `more`, into a UserError.
+
+    Errors of the network or the disk, and bugs, pass through.
+    """
+    mistakes = (*USER_MISTAKES, *more)
+    try:
+        yield
+    except mistakes as error:
+        # DatasetGenerationError covers up any error that is raised while files are converted.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        if not isinstance(cause, mistakes):
+            raise cause from None
+        lines = str(cause).strip().splitlines() or [""]
+        reason = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1].strip()}"
+        kind = "" if isinstance(cause, (ValueError, OSError)) and reason else f"{type(cause).__name__}: "
+        raise UserError(f"{message}: {kind}{reason}") from cause
+
+
+def builder_arguments(name: str, config_name: str | None, revision: str | None) -> dict:
+    """The arguments of `datasets.load_dataset` for a Hub id, a folder or a file."""
+    path = local_path(name)
+    if path.suffix in BUILDERS and path.is_file():
+        return {"path": BUILDERS[path.suffix], "data_files": str(path)}
+    return {"path": str(path) if path.exists() else name, "name": config_name, "revision": revision}
+
+
+def local_path(name: str) -> Path:
+    """The file or folder of that name; `data/digits` is also found in the repository's root."""
+    path = Path(name)
+    return ROOT / name if not path.exists() and (ROOT / name).is_dir() else path
+
+
+def load_splits(
+    name: str, config_name: str | None = None, revision: str | None = None, streaming: bool = False
+) -> dict[str, Dataset | IterableDataset]:
+    """The splits "train" and, if they exist, "validation" and "test" of a dataset.
+
+    Args:
+        name: a Hub id, a folder of images or data files, a folder written by `save_to_disk`, or one parquet, arrow or
+            tar file (WebDataset).
+        config_name: of a dataset with several configurations.
+        revision: branch, tag or commit on the Hub.
+        streaming: read rows when they are needed. A folder written by `save_to_disk` cannot be streamed.
 
     Raises:
-        ValueError: a class is too small to be in both, or nothing is left to train on.
+        UserError: it cannot be loaded, or has no "train" split.
     """
-    draw, held_out = np.random.default_rng(seed), math.ceil(fraction * len(targets))
-    if held_out == len(targets):
-        raise ValueError(f"all of the {held_out} images would be held out")
-    if labels.problem_type != SINGLE:
-        rows = draw.permutation(len(targets))
-        return rows[held_out:], rows[:held_out]
-    fewest, count = min(Counter(targets).items(), key=lambda item: item[1])
-    if count == 1:
-        raise ValueError(f"the class {labels.class_names[fewest]!r} has one image alone, which cannot be in both parts")
-    # Dataset.train_test_split does the same, but reads the labels one by one.
-    return next(stratified_shuffle_split_generate_indices(targets, len(targets) - held_out, held_out, draw))
+    path = local_path(name)
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if is_saved and streaming:
+        raise UserError(
+            f"--streaming cannot be used with {name!r}, which was written by save_to_disk: it is read from the disk, "
+            "without loading it into memory, anyway"
+        )
+    with raise_user_error(f"--dataset_name: {name!r} cannot be loaded", RuntimeError):  # if it needs a script
+        if is_saved:
+            splits = load_from_disk(str(path))
+            splits = splits if isinstance(splits, DatasetDict) else {"train": splits}
+        else:
+            splits = load_dataset(**builder_arguments(name, config_name, revision), streaming=streaming)
+    if "train" not in splits:
+        raise UserError(f"--dataset_name: expected a 'train' split in {name!r}, got {', '.join(splits)}")
+    return standard_splits(splits)
+
+
+def standard_splits(splits: dict) -> dict:
+    """The splits that are used, under their standard names."""
+    validation = next((split for split in VALIDATION_NAMES if split in splits), None)
+    names = {"train": "train", "validation": validation, "test": "test"}
+    return {split: splits[name] for split, name in names.items() if name in splits}
+
+
+def stream_label_column(
+    name: str, config_name: str | None, revision: str | None, label_column: str
+) -> dict[str, IterableDataset]:
+    """The splits as streams of their labels; images are not read if the file format allows it."""
+    arguments = builder_arguments(name, config_name, revision)
+    with raise_user_error(f"--dataset_name: {name!r} cannot be loaded"):
+        if hasattr(load_dataset_builder(**arguments).config, "columns"):
+            return standard_splits(load_dataset(**arguments, streaming=True, columns=[label_column]))
+        splits = standard_splits(load_dataset(**arguments, streaming=True))
+    return {split: rows.select_columns([label_column]) for split, rows in splits.items()}
+
+
+# Columns
+
+
+def find_image_column(features: Features, name: str | None) -> str:
+    """The column called `name`; without a name, the only column of images or, if there is none, of arrays.
+
+    Raises:
+        UserError: the named column is missing or of another type; without a name, no column or several could be meant.
+    """
+    images = [column for column, feature in features.items() if isinstance(feature, Image)]
+    arrays = [column for column, feature in features.items() if isinstance(feature, (Array2D, Array3D))]
+    candidates = images or arrays
+    if name is None and len(candidates) == 1:
+        return candidates[0]
+    if name in images + arrays:
+        return name
+    expected = "one Image column" if name is None else f"images in the column {name!r}"
+    hint = "" if candidates else "; a folder of images needs train/CLASS/ or a metadata.csv (file_name, label)"
+    raise UserError(f"--image_column_name: expected {expected}, got the columns {column_names(features)}{hint}")
+
+
+def array_shape(feature: Array2D | Array3D) -> tuple[int, int, int]:
+    """(C, H, W) of a column of arrays; arrays (H, W) have one channel.
+
+    Raises:
+        UserError: they are not uint8, or have no fixed shape.
+    """
+    if feature.dtype != "uint8" or None in feature.shape:
+        raise UserError(
+            "--image_column_name: expected uint8 arrays of a fixed shape (channels, height, width) or (height, width), "
+            f"got {feature.dtype} of shape {tuple(feature.shape)}"
+        )
+    return (1, *feature.shape) if isinstance(feature, Array2D) else tuple(feature.shape)
+
+
+def select_columns(splits: dict, image_column: str, label_column: str) -> tuple[dict, tuple[int, int, int] | None]:
+    """The splits with the two columns only and images left undecoded, and the shape (C, H, W) of arrays."""
+    feature = splits["train"].features[image_column]
+    splits = {split: rows.select_columns([image_column, label_column]) for split, rows in splits.items()}
+    if not isinstance(feature, Image):
+        return splits, array_shape(feature)
+    return {split: rows.cast_column(image_column, Image(decode=False)) for split, rows in splits.items()}, None
+
+
+# Labels
+
+
+def iterate_labels(column: IterableDataset, split: str) -> Iterator:
+    """One pass over the labels of a stream."""
+    progress = tqdm(desc=f"reading the labels of {split}", unit="row", leave=False)
+    with raise_user_error(f"--dataset_name: the labels of the split {split!r} cannot be read"), progress:
+        for columns in column.iter(LABEL_BATCH_SIZE):
+            (labels,) = columns.values()
+            yield from labels
+            progress.update(len(labels))
+
+
+def check_splits(splits: dict, column: str, counts: dict[str, LabelCounts], test: LabelCounts | None) -> Labels:
+    """The meaning of the labels; checks those that were counted and removes a test split whose labels are hidden.
+
+    Args:
+        counts: the labels of each split, if they were read.
+        test: labels of the test split, or some of them.
+
+    Raises:
+        UserError: a split has a label that "train" does not define; see `build_labels`.
+    """
+    labels = build_labels(column, splits["train"].features[column], counts.get("train"))
+    if test is not None and labels.are_hidden(test):
+        del splits["test"]
+        counts.pop("test", None)
+    for split, split_counts in counts.items():
+        labels.check(split, split_counts)
+    return labels
+
+
+def check_stream(
+    splits: dict[str, IterableDataset],
+    label_streams: dict[str, IterableDataset],
+    column: str,
+    count_all: bool,
+    on_main_process: Callable,
+) -> tuple[Labels, dict[str, int]]:
+    """The labels and sizes of a stream; its labels are read if `count_all` or if the card does not give the sizes."""
+    kind = column_kind(splits["train"].features[column])
+
+    def count_splits() -> dict[str, LabelCounts]:
+        return {split: count_labels(iterate_labels(label_streams[split], split), kind) for split in splits}
+
+    infos = {split: (rows.info.splits or {}).get(rows.split) for split, rows in splits.items()}
+    sizes = {split: info.num_examples if info else 0 for split, info in infos.items()}
+    if count_all or not all(sizes.values()):
+        counts = on_main_process(count_splits)
+        labels = check_splits(splits, column, counts, counts.get("test"))
+        labels.fit(counts["train"])
+        return labels, {split: split_counts.num_rows for split, split_counts in counts.items()}
+    sample = None
+    if "test" in splits:
+        first_labels = itertools.islice(iterate_labels(label_streams["test"], "test"), HIDDEN_LABELS_SAMPLE)
+        sample = count_labels(first_labels, kind)
+    labels = check_splits(splits, column, {}, sample)
+    return labels, {split: sizes[split] for split in splits}

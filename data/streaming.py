@@ -1,7 +1,8 @@
-"""A data set that fits neither in memory nor on the disk: read from one end to the other, again and again.
+"""Batches from a stream, for datasets that fit neither into memory nor on the disk: shards are read once in each epoch.
 
-`B` batch, `C` channels, `H W` pixels, `K` classes. Every random choice is a function of (seed, epoch, reader), so that
-any step can be repeated by the same number of readers.
+`B` batch, `C` channels, `H W` pixels, `K` classes. A reader is a worker process, or the training process itself if it
+has no workers. Every random choice is a function of (seed, epoch, reader), so that any step can be repeated with the
+same number of readers.
 """
 
 import functools
@@ -12,116 +13,135 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..files import UserError
 from .dataloader import ImageSplit
 from .decoding import BadImage
+from .loading import raise_user_error
 
-READ_BATCH = 64  # rows read at a time
-MOST_SHARDS, ROWS_PER_SHARD = 1024, 4096  # more shards than the first only if they have as many rows as the second
-IDLE_PASSES = 3  # a reader may get an empty shard in one of them
+READ_BATCH_SIZE = 64  # rows read at a time
+ROWS_PER_SHARD = 4096  # there are more than `max_shards` only if each has at least this many rows
+MAX_IDLE_EPOCHS = 3  # a reader may get an empty shard in one of them
 
 
 class StreamingSplit(ImageSplit):
-    """Rows that are read from one end to the other, by as many readers as there are decoding processes in all.
+    """A split that is read from start to end by the readers of all processes.
 
-    Each pass over the data draws an order of the shards by (seed, epoch), of which the readers take turns to get one;
-    of those that do not go round, each reads all and keeps its share of the rows. What a reader has read goes through a
-    buffer, which shuffles it by (seed, epoch, reader).
+    In each epoch the shards are shuffled by (seed, epoch) and dealt to the readers. Shards that are left over, fewer
+    than readers, are read by all, each of which keeps its share of the rows. A reader shuffles its rows in a buffer by
+    (seed, epoch, reader).
 
     Args:
-        buffer_size: the undecoded rows in it.
+        buffer_size: undecoded rows in the buffer.
+        max_shards: more, smaller files are read as this many sets of files.
     """
 
-    def __init__(self, *given, buffer_size: int = 1000, **options):
-        super().__init__(*given, **options)
-        self.buffer_size = buffer_size
-        self.parts = {}  # shard -> its rows
-        self.positions = {}  # reader of this process -> (epoch, rows that it has taken of it)
+    def __init__(self, *arguments, buffer_size: int = 1000, max_shards: int = 1024, **options):
+        super().__init__(*arguments, **options)
+        self.buffer_size, self.max_shards = buffer_size, max_shards
+        self.shard_rows = {}  # shard -> its rows
+        self.positions = {}  # reader of this process -> (epoch, rows read of it)
 
     @property
-    def readers(self) -> int:
-        """Of this process; without a decoding process it reads by itself."""
+    def num_readers(self) -> int:
+        """Of this process."""
         return max(self.context.num_workers, 1)
 
     @property
     def shards(self) -> list[int]:
-        """The units that are dealt out: the files or, where these are many and small, sets of files."""
-        readers = self.context.world_size * self.readers
-        most = max(MOST_SHARDS, readers, self.size // ROWS_PER_SHARD)
+        """The numbers of the shards: files or, if there are many small ones, sets of files."""
+        readers = self.context.world_size * self.num_readers
+        most = max(self.max_shards, readers, self.size // ROWS_PER_SHARD)
         return list(range(min(self.rows.num_shards, most)))
 
+    def read_shard(self, shard: int, num_shards: int) -> Iterator[dict[str, list]]:
+        """The rows of a shard, undecoded, in batches."""
+        if shard not in self.shard_rows:  # finding its files takes seconds if there are very many
+            self.shard_rows[shard] = self.rows.shard(num_shards=num_shards, index=shard, contiguous=False)
+        with raise_user_error(f"--dataset_name: the split {self.split!r} cannot be read"):
+            yield from self.shard_rows[shard].iter(READ_BATCH_SIZE)
+
     def undecoded(self, reader: int, shards: list[int]) -> Iterator[tuple]:
-        """The share of a reader of this process in the shards: (shard, row), image and label."""
-        reader, readers = self.context.rank * self.readers + reader, self.context.world_size * self.readers
-        dealt = len(shards) - len(shards) % readers
-        for place, shard in enumerate(shards):
-            if place < dealt and place % readers != reader:
+        """The rows of one reader of this process: (shard, row), image and label."""
+        reader, readers = self.context.rank * self.num_readers + reader, self.context.world_size * self.num_readers
+        num_dealt = len(shards) - len(shards) % readers
+        for position, shard in enumerate(shards):
+            is_dealt = position < num_dealt
+            if is_dealt and position % readers != reader:
                 continue
-            first, stride = (0, 1) if place < dealt else (reader, readers)
-            if shard not in self.parts:  # among very many files each takes seconds to be found
-                self.parts[shard] = self.rows.shard(num_shards=len(shards), index=shard, contiguous=False)
+            first, stride = (0, 1) if is_dealt else (reader, readers)
             start = 0
-            for columns in self.parts[shard].iter(READ_BATCH):
-                values, labels = columns[self.data.image_column], columns[self.data.labels.column]
+            for columns in self.read_shard(shard, len(shards)):
+                images, labels = columns[self.data.image_column], columns[self.data.labels.column]
                 for row in range((first - start) % stride, len(labels), stride):
-                    value = values[row]
-                    if isinstance(value, list):  # an array, which takes ten times as much memory in this form
-                        value = np.asarray(value, dtype=np.uint8)
-                    yield (shard, start + row), value, labels[row]
+                    image = images[row]
+                    if isinstance(image, list):  # of an array, which takes a tenth of the memory
+                        image = np.asarray(image, dtype=np.uint8)
+                    yield (shard, start + row), image, labels[row]
                 start += len(labels)
 
-    def read_pass(self, reader: int, epoch: int) -> Iterator[tuple]:
-        """What `undecoded` gives in one pass, shuffled."""
+    def read_epoch(self, reader: int, epoch: int) -> Iterator[tuple]:
+        """`undecoded` rows of one epoch, shuffled."""
         shards = self.shards
         random.Random(repr((self.seed, "shards", epoch))).shuffle(shards)
-        draw = random.Random(repr((self.seed, "buffer", epoch, self.context.rank * self.readers + reader)))
-        return shuffled(self.undecoded(reader, shards), self.buffer_size, draw)
+        rng = random.Random(repr((self.seed, "buffer", epoch, self.context.rank * self.num_readers + reader)))
+        return shuffled(self.undecoded(reader, shards), self.buffer_size, rng)
 
     def sample_rows(self, count: int) -> Iterator[tuple]:
-        """Place, undecoded image and label of the first rows of a pass."""
-        return itertools.islice(self.read_pass(0, 0), count)
+        """(shard, row), undecoded image and label of the first rows of the first epoch."""
+        return itertools.islice(self.read_epoch(0, 0), count)
 
-    def training_batches(self, batch_size: int, turn: int, worker: int) -> Iterator[tuple]:
-        """Batches without end, the reader that made each and where it is then; a bad image is passed over."""
-        reader = (worker + turn) % self.readers
-        first_epoch, done = self.positions.get(reader, (0, 0))
-        images, targets, bad, idle = [], [], {}, 0
+    def training_batches(self, batch_size: int, first_batch: int, worker: int) -> Iterator[tuple]:
+        """Endless batches of one reader: pixels, targets, bad rows, the reader and its position after the batch.
+
+        The DataLoader takes batches from its workers in turn, so a resumed run deals the readers to other workers.
+        """
+        reader = (worker + first_batch) % self.num_readers
+        first_epoch, num_read = self.positions.get(reader, (0, 0))
+        images, targets, bad, idle_epochs = [], [], {}, 0
         for epoch in itertools.count(first_epoch):
-            idle += 1
-            rows = enumerate(self.read_pass(reader, epoch), 1)
-            for taken, ((shard, row), value, label) in itertools.islice(rows, done, None):
-                image, target = self.read_row((shard, row), f"row {row} of shard {shard}", epoch, value, label, bad)
+            idle_epochs += 1
+            rows = enumerate(self.read_epoch(reader, epoch), 1)
+            for position, ((shard, row), undecoded, label) in itertools.islice(rows, num_read, None):
+                name = f"row {row} of shard {shard}"
+                image, target = self.read_row((shard, row), name, epoch, undecoded, label, bad)
                 if image is not None or self.on_bad_image == "error":
                     images.append(image)
                     targets.append(target)
-                    idle = 0
+                    idle_epochs = 0
                 if len(images) == batch_size or (bad and self.on_bad_image == "error"):
-                    yield *self.batch(images, targets, bad), reader, (epoch, taken)
+                    yield *self.batch(images, targets, bad), reader, (epoch, position)
                     images, targets, bad = [], [], {}
-            done = 0
-            if idle == IDLE_PASSES:
-                raise BadImage(f"expected images for each decoding process, got none in {idle} passes for one of them")
+            num_read = 0
+            if idle_epochs == MAX_IDLE_EPOCHS:
+                raise BadImage(
+                    f"--dataloader_num_workers: a worker found no image that can be used in {idle_epochs} epochs "
+                    f"of the split {self.split!r}; use fewer workers or look at the images"
+                )
 
     def training(self, batch_size: int, accumulation: int, first_step: int) -> Iterator:
-        """On the device: uint8 pixels (B, C, H, W) and targets, from a step on, without end."""
+        """Endless uint8 pixels (B, C, H, W) and targets (B,) or (B, K) on the device, starting at a step."""
         read = functools.partial(self.training_batches, batch_size, first_step * accumulation)
-        for pixels, targets, bad, reader, place in self.read(read):
+        for pixels, targets, bad, reader, position in self.read_in_workers(read):
             self.record_bad(bad)
-            self.positions[reader] = place
+            self.positions[reader] = position
             yield self.to_device(pixels, targets)
 
     def evaluation_batches(self, batch_size: int, worker: int) -> Iterator[tuple]:
-        """Full batches of one pass; padding and bad images do not count."""
+        """Full batches of one reader's rows, in order: pixels, targets and bad rows.
+
+        The targets of padding and bad images are ignored ones.
+        """
         rows = self.undecoded(worker, self.shards)
-        while part := list(itertools.islice(rows, batch_size)):
+        while chunk := list(itertools.islice(rows, batch_size)):
             images, targets, bad = [None] * batch_size, [None] * batch_size, {}
-            for slot, ((shard, row), value, label) in enumerate(part):
+            for slot, ((shard, row), undecoded, label) in enumerate(chunk):
                 name = f"row {row} of shard {shard}"
-                images[slot], targets[slot] = self.read_row((shard, row), name, 0, value, label, bad)
+                images[slot], targets[slot] = self.read_row((shard, row), name, 0, undecoded, label, bad)
             yield self.batch(images, targets, bad)
 
     def evaluation(self, batch_size: int) -> Iterator:
-        """As `training`, but one pass; as many batches in every process."""
-        batches = self.read(functools.partial(self.evaluation_batches, batch_size))
+        """As `training`, but every row once, and equally many batches in each process."""
+        batches = self.read_in_workers(functools.partial(self.evaluation_batches, batch_size))
         while self.context.any_process((batch := next(batches, None)) is not None):
             if batch is None:
                 batch = self.batch([None] * batch_size, [None] * batch_size, {})
@@ -129,36 +149,40 @@ class StreamingSplit(ImageSplit):
             self.record_bad(bad)
             yield self.to_device(pixels, targets)
 
-    def read(self, read: Callable[[int], Iterator]) -> Iterator:
-        """What the readers make, in turn. Raises BadImage where one of them came to an untimely end."""
+    def read_in_workers(self, read: Callable[[int], Iterator]) -> Iterator:
+        """The batches that `read(worker)` makes in each worker, in turn."""
         for batch in self.load(self.context.num_workers, dataset=Reader(read), batch_size=None):
-            if isinstance(batch, str):
-                raise BadImage(f"--dataset_name: the split {self.split!r} cannot be read on: {batch}")
+            if isinstance(batch, Exception):
+                raise batch
             yield batch
 
     def state_dict(self) -> dict[str, list[int]]:
-        """Where the readers of this process are, for `go_on`."""
-        return {str(reader): list(self.positions.get(reader, (0, 0))) for reader in range(self.readers)}
+        """The positions of the readers of this process: (epoch, rows read of it)."""
+        return {str(reader): list(self.positions.get(reader, (0, 0))) for reader in range(self.num_readers)}
 
     def load_state_dict(self, state: dict[str, list[int]]) -> str | None:
-        """Puts the readers where they were. Another number of readers begins a pass that none of them has begun.
+        """Restores the positions. If the number of readers has changed, a new epoch starts.
 
         Returns:
-            What there is to say about that, if anything.
+            A message about that change, if there is one.
         """
-        self.positions = {int(reader): tuple(place) for reader, place in state.items()}
-        if len(state) == self.readers:
+        self.positions = {int(reader): tuple(position) for reader, position in state.items()}
+        if len(state) == self.num_readers:
             return None
         epoch = 1 + max(epoch for epoch, _ in self.positions.values())
-        self.positions = {reader: (epoch, 0) for reader in range(self.readers)}
+        self.positions = {reader: (epoch, 0) for reader in range(self.num_readers)}
         return (
-            f"the stream had {len(state)} decoding processes and now has {self.readers}: "
-            f"it goes on with pass {epoch + 1} over the data, not where it was"
+            f"the stream was read by {len(state)} workers and is now read by {self.num_readers}: "
+            f"epoch {epoch + 1} of the data starts, so that the run is not exactly the same as without a stop"
         )
 
 
 class Reader(IterableDataset):
-    """One of the decoding processes of a stream; an error leaves it as a string."""
+    """The batches of one worker. A mistake of the user, or an error of the network or the disk, is its last batch.
+
+    torch would raise it again with the worker's traceback as its message, while these are shown in one line. A bug is
+    raised by torch, with the traceback.
+    """
 
     def __init__(self, read: Callable[[int], Iterator]):
         self.read = read
@@ -167,19 +191,19 @@ class Reader(IterableDataset):
         worker = get_worker_info()
         try:
             yield from self.read(0 if worker is None else worker.id)
-        except Exception as error:  # the Hub, the file system and every format have errors of their own
-            yield str(error) if isinstance(error, BadImage) else f"{type(error).__name__}: {error}"
+        except (UserError, OSError) as error:
+            yield error
 
 
-def shuffled(rows: Iterable, size: int, draw: random.Random) -> Iterator:
-    """The same rows, each of them exchanged with one of the last `size`."""
+def shuffled(rows: Iterable, buffer_size: int, rng: random.Random) -> Iterator:
+    """The same rows, shuffled by a buffer: each new row replaces a random one, which comes out."""
     buffer = []
     for row in rows:
-        if len(buffer) < size:
+        if len(buffer) < buffer_size:
             buffer.append(row)
         else:
-            slot = draw.randrange(size)
+            slot = rng.randrange(buffer_size)
             yield buffer[slot]
             buffer[slot] = row
-    draw.shuffle(buffer)
+    rng.shuffle(buffer)
     yield from buffer

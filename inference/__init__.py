@@ -1,1 +1,1 @@
-"""A checkpoint comes in; a compiled or quantized model goes out."""
+"""In: a model. Out: a compiled or quantized one."""

@@ -1,10 +1,10 @@
-"""Faster inference: a network compiled ahead of time, with its weights rearranged for the processor.
+"""Faster inference: a model compiled ahead of time (AOT) into one file, optionally in int8.
 
-    fast = compile_inference(model, "vit.pt2")
-    logits = fast(pixel_values).logits  # batches of any size
+    compiled = compile_inference(model, "vit.pt2")
+    logits = compiled(pixel_values).logits  # batches of any size
 
-What it does by itself is `torch.export` and AOTInductor with frozen weights. That takes oneDNN's matrix products with
-bias, activation and residual in them, where eager PyTorch and `torch.compile` of a float32 network take MKL's.
+It uses `torch.export` and AOTInductor with frozen weights. On a CPU the weights are packed for oneDNN, which fuses
+matrix products with bias, activation and residual; eager PyTorch and `torch.compile` use MKL in float32.
 """
 
 import copy
@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..configuration_vit_simple import pair
+from ..files import UserError
 
 
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose blocks multiply in int8: weights scaled by output channel, their inputs by token as they come.
+    """A copy whose blocks multiply in int8, with a scale for each output channel of the weights and each input token.
 
     Raises:
         ImportError: torchao is not installed.
@@ -27,7 +28,7 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError as error:
-        raise ImportError(f"int8: expected torchao to be installed (pip install torchao), got: {error}") from error
+        raise ImportError(f"int8 needs torchao (pip install torchao): {error}") from error
     model = copy.deepcopy(model)
     quantize_(model.blocks, Int8DynamicActivationInt8WeightConfig())
     return model
@@ -35,28 +36,27 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def compile_inference(model: PreTrainedModel, path: str | Path, int8: bool = False) -> Callable[..., ModelOutput]:
-    """Compiles a network into a file and opens it; takes about half a minute and a C++ compiler.
+    """Compiles a model into a file and loads it. Needs a C++ compiler and takes about half a minute.
 
-    `torch._inductor.aoti_load_package(path)` opens the file later, on a processor or GPU of the same kind and after
-    `import transformers.modeling_outputs`.
+    To load the file later, on the same kind of processor or GPU, import transformers.modeling_outputs and call
+    `torch._inductor.aoti_load_package(path)`.
 
     Args:
-        model: a ViTSimple network, left as it is; what it computes in evaluation, on its own device and in its own
-            dtype, in which it then takes `pixel_values`, too.
-        path: of the file to write, ending in .pt2.
-        int8: multiply in int8, see `quantize`; on a CPU.
+        model: a ViTSimple model, not changed. It is compiled in evaluation mode for its device and its dtype.
+        path: the file to write, ending in .pt2.
+        int8: multiply in int8 (see `quantize`); on a CPU only.
 
     Returns:
-        A function of `pixel_values` (B, C, H, W), of the network's own image size and any B, to what the network gives.
+        The compiled model: `pixel_values` (B, C, H, W), with any B, the model's image size and dtype, to its output.
 
     Raises:
-        ImportError: `int8` without torchao.
-        ValueError: a path that does not end in .pt2, or int8 elsewhere than on a CPU.
+        ImportError: int8 without torchao.
+        UserError: the path does not end in .pt2, or int8 on another device than the CPU.
     """
     if Path(path).suffix != ".pt2":
-        raise ValueError(f"path: expected one that ends in .pt2, got {path}")
+        raise UserError(f"path: expected a file name that ends in .pt2, got {path}")
     if int8 and model.device.type != "cpu":
-        raise ValueError(f"int8: expected a network on the CPU, got one on {model.device}: bfloat16 serves there")
+        raise UserError(f"int8: expected a model on the CPU, got one on {model.device}; use bfloat16 there")
     modes = [(module, module.training) for module in model.modules()]
     shape = (2, model.config.num_channels, *pair(model.config.image_size))
     example = torch.zeros(shape, device=model.device, dtype=model.dtype)

@@ -258,7 +258,9 @@ def limits(config: dict, result: dict, facts: dict) -> str:
     if data:
         lines.append(f"It is meant for images like those of {data}, and as a start for fine-tuning.")
     if facts.get("dataset", {}).get("has_16_bit_images"):
-        lines.append("Its images of 16 bits were scaled to 8 bits; a pipeline clips them at 255, so convert them first.")
+        lines.append(
+            "16-bit images were scaled to 8 bits in training; a pipeline clips them at 255, so convert them first."
+        )
     if not has_head(config):
         lines.append("It gives features, no classes.")
     elif task_of(config) == "image-feature-extraction":

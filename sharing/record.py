@@ -17,13 +17,18 @@ from ..files import RECORD, ROOT, read_json, write_atomically
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "kornia", "safetensors", "numpy")
 
 
+def processor_name() -> str:
+    """The name of the CPU; platform.processor() does not know it on Linux."""
+    cpu = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()
+
+
 def hardware() -> str:
     """The processors that this process computes on."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cpu = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else None
-    return f"{os.cpu_count()} cores of {named[1] if named else platform.processor() or platform.machine()}"
+    return f"{os.cpu_count()} cores of {processor_name()}"
 
 
 def record(folder: Path, **facts):

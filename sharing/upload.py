@@ -25,7 +25,7 @@ from .verify import (
 
 WAITS = (1, 2, 4, 8)  # seconds between tries
 TRANSIENT = (408, 429, 500, 502, 503, 504)
-NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)  # the client's HTTP library's own, not always an OSError
+NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)  # the errors of the HTTP library; not all are an OSError
 
 
 def with_retries(call: Callable):

@@ -8,7 +8,7 @@ from tests.conftest import environment_without_package, run_python
 from vit_simple.files import ROOT
 
 
-def test_a_plain_install_trains_on_the_digits_that_come_with_it(tmp_path):
+def test_plain_install_trains_on_its_digits_and_has_the_commands(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "outputs", "*.egg-info"))
     python = environment_without_package(tmp_path / "environment")
@@ -20,7 +20,10 @@ import sys
 from vit_simple.files import ROOT
 from vit_simple.train import main
 assert str(ROOT).startswith(sys.argv[1]), ROOT
+assert (ROOT / "py.typed").exists()
 main(["--num_train_epochs", "1"])
 """
     run_python(python, tmp_path / "work", code, tmp_path / "environment")
     assert (tmp_path / "work/outputs/digits/model.safetensors").exists()
+    for name in ("vit-simple-train", "vit-simple-push", "vit-simple-convert"):
+        subprocess.run([python.parent / name, "--help"], cwd=tmp_path, check=True, capture_output=True)

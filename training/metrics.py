@@ -1,7 +1,7 @@
-"""What an evaluation measures, for each kind of labels, and how a person sees it.
+"""What an evaluation measures for each kind of labels, and the tables that show it.
 
-`B` batch, `K` classes, `N` images. Sums over all batches and processes, divided once; padding and skipped images, with
-the label IGNORED or NaN, have no part.
+`B` batch, `K` classes, `N` images. Metrics are sums over all batches and processes, divided once at the end. Padding
+and skipped images have the label IGNORED or NaN and do not count.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from ..data.decoding import BadImage
 from ..data.labels import MULTI, REGRESSION, SINGLE, Labels
 
 LARGEST_CONFUSION = 1000  # classes
-MANY_CLASSES = 30  # of more than these, a table has the lowest ten
+MANY_CLASSES = 30  # a table of more classes shows the ten lowest
 COLUMNS = {
     "top1": ("top-1", "9.2%"),
     "top5": ("top-5", "9.2%"),
@@ -27,15 +27,15 @@ COLUMNS = {
 
 @dataclass
 class Evaluation:
-    """What one pass over a split has found.
+    """The result of an evaluation of a split.
 
     Args:
-        values: `loss`, `count` images and, for single labels, `top1`, `top5` in [0, 1] and `correct`; for several
-            labels, `map`, the mean average precision in [0, 1]; for a number, `mae`, the mean absolute error, and `r2`,
-            the part of the variance that is explained.
-        per_class: the accuracy, or the average precision, of each class; None without an image of it.
-        confusion: how many images of each class were taken for each class (K, K), for single labels of up to
-            LARGEST_CONFUSION classes.
+        values: `loss` and `count`, the number of images. One class per image: also `top1`, `top5` in [0, 1] and
+            `correct`. Several classes per image: `map`, the mean average precision in [0, 1]. A number: `mae`, the mean
+            absolute error in the unit of the labels, and `r2`, the explained fraction of the variance.
+        per_class: accuracy or average precision of each class, None for a class without images.
+        confusion: number of images of each class (row) predicted as each class (column), (K, K); only for one class per
+            image and at most LARGEST_CONFUSION classes.
     """
 
     values: dict[str, float]
@@ -44,46 +44,46 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """The higher, the better."""
+        """A number to compare evaluations by; higher is better."""
         values = self.values
         return -values["mae"] if "mae" in values else values.get("top1", values.get("map"))
 
 
 class SingleLabelMetrics:
-    """Of logits (B, K) and classes (B,)."""
+    """Accuracy of logits (B, K) and classes (B,)."""
 
     def __init__(self, labels: Labels, device: torch.device):
         classes = len(labels.class_names)
-        self.classes, self.confused = classes, classes <= LARGEST_CONFUSION
+        self.classes, self.has_confusion = classes, classes <= LARGEST_CONFUSION
         self.loss = torch.zeros(1, device=device)
-        self.right, self.right5, self.seen = torch.zeros(3, classes + 1, dtype=torch.int64, device=device)
-        self.confusion = torch.zeros(classes**2 + 1 if self.confused else 0, dtype=torch.int64, device=device)
+        self.correct, self.correct5, self.count = torch.zeros(3, classes + 1, dtype=torch.int64, device=device)
+        self.confusion = torch.zeros(classes**2 + 1 if self.has_confusion else 0, dtype=torch.int64, device=device)
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor):
         best = logits.topk(min(5, self.classes)).indices  # (B, 5)
         hits = (best == labels[:, None]).long()
         self.loss += F.cross_entropy(logits, labels, reduction="sum")
-        rows = torch.where(labels >= 0, labels, self.classes)  # the last: what does not count
-        self.right.scatter_add_(0, rows, hits[:, 0])
-        self.right5.scatter_add_(0, rows, hits.sum(1))
-        self.seen.scatter_add_(0, rows, torch.ones_like(rows))
-        if self.confused:
+        slots = torch.where(labels >= 0, labels, self.classes)  # the last slot does not count
+        self.correct.scatter_add_(0, slots, hits[:, 0])
+        self.correct5.scatter_add_(0, slots, hits.sum(1))
+        self.count.scatter_add_(0, slots, torch.ones_like(slots))
+        if self.has_confusion:
             cells = torch.where(labels >= 0, labels * self.classes + best[:, 0], self.classes**2)
             self.confusion.scatter_add_(0, cells, torch.ones_like(cells))
 
     def compute(self, accelerator: Accelerator) -> Evaluation:
-        sums = (self.loss, self.right[:-1], self.right5[:-1], self.seen[:-1], self.confusion[:-1])
-        loss, right, right5, seen, confusion = (accelerator.reduce(tensor, "sum").cpu() for tensor in sums)
-        correct, count = right.sum().item(), seen.sum().item()
+        sums = (self.loss, self.correct[:-1], self.correct5[:-1], self.count[:-1], self.confusion[:-1])
+        loss, corrects, corrects5, counts, confusion = (accelerator.reduce(tensor, "sum").cpu() for tensor in sums)
+        correct, count = corrects.sum().item(), counts.sum().item()
         require_images(count)
-        values = {"loss": loss.item() / count, "top1": correct / count, "top5": right5.sum().item() / count}
-        per_class = [hit / all if all else None for hit, all in zip(right.tolist(), seen.tolist())]
-        confusion = confusion.view(self.classes, self.classes) if self.confused else None
+        values = {"loss": loss.item() / count, "top1": correct / count, "top5": corrects5.sum().item() / count}
+        per_class = [hits / images if images else None for hits, images in zip(corrects.tolist(), counts.tolist())]
+        confusion = confusion.view(self.classes, self.classes) if self.has_confusion else None
         return Evaluation({**values, "correct": correct, "count": count}, per_class, confusion)
 
 
 class MultiLabelMetrics:
-    """Of logits (B, K) and zeros and ones (B, K), all of which are kept: (N, K) floats, twice."""
+    """Average precision of logits (B, K) and targets of zeros and ones (B, K). Keeps both for all N images."""
 
     def __init__(self, labels: Labels, device: torch.device):
         self.logits, self.targets = [], []
@@ -94,8 +94,8 @@ class MultiLabelMetrics:
 
     def compute(self, accelerator: Accelerator) -> Evaluation:
         logits, targets = (accelerator.gather(torch.cat(parts)).cpu() for parts in (self.logits, self.targets))
-        counts = ~targets[:, 0].isnan()
-        logits, targets = logits[counts], targets[counts]
+        is_image = ~targets[:, 0].isnan()
+        logits, targets = logits[is_image], targets[is_image]
         require_images(len(targets))
         loss = F.binary_cross_entropy_with_logits(logits, targets).item()
         per_class = [average_precision(*pair) for pair in zip(logits.T.numpy(), targets.T.numpy() > 0)]
@@ -105,18 +105,18 @@ class MultiLabelMetrics:
 
 
 class RegressionMetrics:
-    """Of values (B, 1) and values (B, 1), both in standard deviations from the mean."""
+    """Errors of predictions (B, 1) and targets (B, 1), both normalized by the mean and deviation of the labels."""
 
     def __init__(self, labels: Labels, device: torch.device):
         self.std = labels.std
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(5, dtype=exact, device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(5, dtype=dtype, device=device)
 
-    def update(self, values: torch.Tensor, targets: torch.Tensor):
-        counts = ~targets.isnan()
-        targets, errors = torch.where(counts, targets, 0), torch.where(counts, values - targets, 0)
-        parts = (errors.square(), errors.abs(), targets, targets.square(), counts)
-        self.sums += torch.stack([part.to(self.sums.dtype).sum() for part in parts])
+    def update(self, predictions: torch.Tensor, targets: torch.Tensor):
+        is_image = ~targets.isnan()
+        targets, errors = torch.where(is_image, targets, 0), torch.where(is_image, predictions - targets, 0)
+        terms = (errors.square(), errors.abs(), targets, targets.square(), is_image)
+        self.sums += torch.stack([term.to(self.sums.dtype).sum() for term in terms])
 
     def compute(self, accelerator: Accelerator) -> Evaluation:
         squares, absolutes, total, total_squares, count = accelerator.reduce(self.sums, "sum").tolist()
@@ -131,58 +131,67 @@ METRICS_OF = {SINGLE: SingleLabelMetrics, MULTI: MultiLabelMetrics, REGRESSION: 
 
 def require_images(count: float):
     if not count:
-        raise BadImage("--on_bad_image: expected an image to be left in every split, got one of bad images alone")
+        raise BadImage("every image of a split is unreadable")
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float | None:
-    """The sum over all thresholds of precision times what it adds to recall, of (N,) scores; None without a positive.
+    """The sum of precision times the gain in recall over all thresholds; None without a positive image.
 
-    Images of equal scores pass a threshold together.
+    Args:
+        scores: (N,) floats; images with equal scores pass a threshold together.
+        positive: (N,) booleans.
     """
     if not positive.any():
         return None
     order = np.argsort(-scores, kind="stable")
     hits = positive[order].cumsum()
-    last = np.append(scores[order][1:] != scores[order][:-1], True)  # of those with the same score
+    last = np.append(scores[order][1:] != scores[order][:-1], True)  # image with this score
     precision, recall = (hits / np.arange(1, len(hits) + 1))[last], hits[last] / hits[-1]
     return float((np.diff(recall, prepend=0) * precision).sum())
 
 
-def table(title: str, rows: dict[str, Evaluation]) -> str:
-    """A line for each of the named evaluations of one kind."""
-    first = next(iter(rows.values())).values
-    shown = [name for name in COLUMNS if name in first]
-    lines = [f"{title:<18}" + "".join(f"{COLUMNS[name][0]:>9}" for name in shown) + "     loss   images"]
-    for name, row in rows.items():
-        values = row.values
-        numbers = "".join(format(values[column], COLUMNS[column][1]) for column in shown)
+def table(title: str, evaluations: dict[str, Evaluation]) -> str:
+    """One line for each named evaluation; all of them have the same metrics."""
+    metrics = next(iter(evaluations.values())).values
+    columns = [name for name in COLUMNS if name in metrics]
+    lines = [f"{title:<18}" + "".join(f"{COLUMNS[name][0]:>9}" for name in columns) + "     loss   images"]
+    for name, evaluation in evaluations.items():
+        values = evaluation.values
+        numbers = "".join(format(values[column], COLUMNS[column][1]) for column in columns)
         images = f"{values['correct']} of {values['count']} right" if "correct" in values else str(values["count"])
         lines.append(f"  {name:<16}{numbers} {values['loss']:8.4f}   {images}")
     return "\n".join(lines)
 
 
 def class_table(split: str, evaluation: Evaluation, class_names: list[str]) -> str:
-    """A line for each class, or for the ten lowest of many."""
-    rows = [(name, value) for name, value in zip(class_names, evaluation.per_class) if value is not None]
-    title = f"{split}, {'average precision' if 'map' in evaluation.values else 'right'} of each class"
-    if len(rows) > MANY_CLASSES:
-        title += f", the lowest 10 of {len(rows)}"
-        rows = sorted(rows, key=lambda row: row[1])[:10]
-    width = max([16, *(len(name) for name, _ in rows)])
-    return "\n".join([title, *(f"  {name:<{width}}{value:9.2%}" for name, value in rows)])
+    """One line for each class, or for the ten lowest of many."""
+    classes = [(name, value) for name, value in zip(class_names, evaluation.per_class) if value is not None]
+    title = f"{split}, {'average precision' if 'map' in evaluation.values else 'accuracy'} of each class"
+    if len(classes) > MANY_CLASSES:
+        title += f", the lowest 10 of {len(classes)}"
+        classes = sorted(classes, key=lambda item: item[1])[:10]
+    width = max([16, *(len(name) for name, _ in classes)])
+    return "\n".join([title, *(f"  {name:<{width}}{value:9.2%}" for name, value in classes)])
 
 
 def captions(logits: torch.Tensor, targets: list, labels: Labels) -> list[tuple[str, bool]]:
-    """What logits (B, K) say and, where that is wrong, what is true; whether it is right. Numbers are in their unit."""
+    """A caption for each image, and whether the prediction is correct.
+
+    It gives the prediction from the logits (B, K) and, in parentheses, the label if that is another. In a regression it
+    gives both numbers, in the unit of the labels.
+    """
     names, found = labels.class_names, []
     for scores, target in zip(logits, targets):
         if labels.problem_type == REGRESSION:
-            truth = target[0] * labels.std + labels.mean
-            found.append((f"{scores.item():.3g} ({truth:.3g})", True))
+            predicted, true = (value * labels.std + labels.mean for value in (scores.item(), target[0]))
+            found.append((f"{predicted:.3g} ({true:.3g})", True))
             continue
         if labels.problem_type == SINGLE:
-            said, true = names[scores.argmax()], names[target]
+            predicted, true = names[scores.argmax()], names[target]
         else:
-            said, true = (", ".join(n for n, yes in zip(names, row) if yes) for row in (scores > 0, target))
-        found.append((said if said == true else f"{said or 'none'} ({true or 'none'})", said == true))
+            predicted, true = (
+                ", ".join(name for name, is_positive in zip(names, row) if is_positive) for row in (scores > 0, target)
+            )
+        is_correct = predicted == true
+        found.append((predicted if is_correct else f"{predicted or 'none'} ({true or 'none'})", is_correct))
     return found

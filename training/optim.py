@@ -1,4 +1,4 @@
-"""Learning rates, parameter groups, Muon and averaged weights; all of it also serves other training loops.
+"""Learning rate schedule, parameter groups, Muon and averaged weights, also for other training loops:
 
 optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-3, weight_decay=0.05, layer_decay=0.65))
 Trainer(model, arguments, optimizers=(optimizer, None), ...)
@@ -15,13 +15,14 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 
 def schedule(step: int, total_steps: int, warmup_steps: float, kind: str, decay_steps: float = 0.2) -> float:
-    """The factor of the learning rate at a step, in [0, 1]: a linear rise, then the kind's way.
+    """The factor of the learning rate at a step, in [0, 1]: linear warmup, then the schedule.
 
     Args:
-        step, total_steps: from 0, and the number of them.
-        warmup_steps: steps of the rise; below 1 a part of all steps.
-        kind: "cosine" and "linear" fall to zero, "constant" stays, "warmup_stable_decay" stays and then falls linearly.
-        decay_steps: steps of that fall; below 1 a part of all steps.
+        step: from 0 to total_steps - 1.
+        warmup_steps: a number of steps or, below 1, a fraction of all steps.
+        kind: "cosine" and "linear" fall to zero, "constant" stays at 1, "warmup_stable_decay" stays at 1 and then falls
+            linearly to zero.
+        decay_steps: length of that fall, a number of steps or, below 1, a fraction of all steps.
     """
     warmup = warmup_steps if warmup_steps >= 1 else warmup_steps * total_steps
     if step < warmup:
@@ -36,7 +37,7 @@ def schedule(step: int, total_steps: int, warmup_steps: float, kind: str, decay_
 
 
 def layer_of(name: str, num_layers: int) -> int:
-    """0 for patches, tokens and positions, 1 to `num_layers` for the blocks, one more for what follows them."""
+    """The depth of a parameter: 0 for the embeddings, 1 to `num_layers` for the blocks, `num_layers` + 1 after them."""
     block = re.match(r"blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
@@ -46,32 +47,33 @@ def layer_of(name: str, num_layers: int) -> int:
 def parameter_groups(
     model: torch.nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict]:
-    """Groups for an optimizer: kernels decay; biases, norms, LayerScale, tokens and positions do not.
+    """Parameter groups for an optimizer. Weight matrices decay; biases, norms, LayerScale, tokens and positions do not.
 
     Args:
-        model: a ViTSimple network; parameters that need no gradient are left out.
+        model: a ViTSimple model; frozen parameters are left out.
         learning_rate: of the last layer, the head.
-        weight_decay: of kernels.
-        layer_decay: each layer has the rate of the next one times this, in (0, 1]; 1: all have the same (used to
-            fine-tune in He et al., 2021, arXiv:2111.06377, appendix A.1).
+        weight_decay: of the weight matrices.
+        layer_decay: in (0, 1]; the learning rate of each layer is that of the next layer times this factor (He et al.,
+            2021, arXiv:2111.06377, appendix A.1). 1: the same learning rate everywhere.
     """
     groups = {}
+    num_layers = model.config.num_hidden_layers
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        below = model.config.num_hidden_layers + 1 - layer_of(name, model.config.num_hidden_layers)
-        decays = parameter.ndim >= 2 and name not in ("cls_token", "reg_token", "pos_embed")
-        rate, decay = learning_rate * layer_decay**below, weight_decay if decays else 0.0
-        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        lr = learning_rate * layer_decay ** (num_layers + 1 - layer_of(name, num_layers))
+        is_matrix = parameter.ndim >= 2 and name not in ("cls_token", "reg_token", "pos_embed")
+        decay = weight_decay if is_matrix else 0.0
+        group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` (Jordan et al., 2024), one product for all matrices of a shape instead of one for each.
+    """`torch.optim.Muon` (Jordan et al., 2024) with one batched product for all matrices of the same shape.
 
-    The Newton-Schulz iteration runs in bfloat16 on an accelerator, as there, and in float32 on a CPU: most CPUs
-    emulate bfloat16.
+    The Newton-Schulz iteration runs in bfloat16 on an accelerator, as in torch, but in float32 on a CPU, because most
+    CPUs emulate bfloat16.
     """
 
     @torch.no_grad()
@@ -90,7 +92,7 @@ class Muon(torch.optim.Muon):
         return loss
 
     def update(self, parameters: list[torch.Tensor], group: dict):
-        """One step for matrices of one shape."""
+        """One step for matrices of the same shape."""
         rows, columns = parameters[0].shape
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
@@ -124,54 +126,66 @@ def build_optimizers(
     layer_decay: float = 1.0,
     muon_learning_rate: float | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW on everything or, given its rate, Muon on the matrices of the blocks and AdamW on the rest."""
+    """AdamW for all parameters or, given its learning rate, Muon for the matrices of the blocks and AdamW for the rest.
+
+    Each parameter group keeps its highest learning rate as "peak_lr".
+    """
     matrices = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
     optimizers = []
-    for kind, rate in ((Muon, muon_learning_rate), (torch.optim.AdamW, learning_rate)):
-        if rate is None:
+    for optimizer_class, peak_lr in ((Muon, muon_learning_rate), (torch.optim.AdamW, learning_rate)):
+        if peak_lr is None:
             continue
-        groups = parameter_groups(model, rate, weight_decay, layer_decay)
+        groups = parameter_groups(model, peak_lr, weight_decay, layer_decay)
         if muon_learning_rate is not None:
             for group in groups:
-                group["params"] = [p for p in group["params"] if (id(p) in matrices) == (kind is Muon)]
+                group["params"] = [p for p in group["params"] if (id(p) in matrices) == (optimizer_class is Muon)]
         groups = [group for group in groups if group["params"]]
         if groups:
-            optimizers.append(kind(groups) if kind is Muon else kind(groups, fused=True))
+            options = {} if optimizer_class is Muon else {"fused": True}
+            optimizers.append(optimizer_class(groups, **options))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = group["lr"]  # checkpoints contain this name
     return optimizers
 
 
 class EMA:
-    """The exponential moving average of a network's parameters, which can trade places with them.
+    """An exponential moving average of a model's parameters, which can be swapped into the model.
+
+    The decay is at most (1 + step) / (10 + step), so that the average soon forgets the initial weights.
 
     Args:
-        model: its parameters are averaged; they need not be on one device.
-        decay: the part of the average that stays at each step, in (0, 1), once (1 + step) / (10 + step) has reached it:
-            the first steps weigh more, so that a short run is not left with its random start.
+        model: any module; its parameters may be on several devices.
+        decay: in [0, 1), the fraction of the average that a step keeps. None: nothing is averaged, and the raw weights
+            are the only variant.
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float):
+    def __init__(self, model: torch.nn.Module, decay: float | None):
         self.decay = decay
-        self.names, self.parameters = zip(*model.named_parameters())
-        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        self.variants = ("raw",) if decay is None else ("raw", "ema")
+        self.parameters = {} if decay is None else dict(model.named_parameters())
+        self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int):
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, list(self.parameters), 1 - decay)
+        """Moves the averages toward the parameters after a step, counted from 0."""
+        if self.averages:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
 
     @torch.no_grad()
     def swap(self):
-        for parameter, average in zip(self.parameters, self.averages):
-            held = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(held)
+        for name, average in self.averages.items():
+            raw = self.parameters[name].clone()
+            self.parameters[name].copy_(average)
+            average.copy_(raw)
 
     @contextlib.contextmanager
-    def applied(self):
-        """Within it, the network has the averaged weights."""
+    def weights(self, variant: str):
+        """In this context, the model has the weights of a variant: "raw" or "ema"."""
+        if variant == "raw":
+            yield
+            return
         self.swap()
         try:
             yield
@@ -179,8 +193,8 @@ class EMA:
             self.swap()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(zip(self.names, self.averages))
+        return dict(self.averages)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]):
-        for name, average in zip(self.names, self.averages):
+        for name, average in self.averages.items():
             average.copy_(state[name])

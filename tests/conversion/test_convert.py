@@ -18,7 +18,7 @@ from tests.conftest import TINY, run_python, tiny
 from tests.conversion.parity import IMAGES, assert_alike, open_folder, outputs, random
 from tests.fake_hub.hub import Hub
 from vit_simple import ViTSimpleConfig
-from vit_simple.configuration_vit_simple import pair
+from vit_simple.configuration_vit_simple import label_maps, pair
 from vit_simple.conversion.processors import fit_processor, processor_from_timm, processor_to_timm
 from vit_simple.conversion.state_dict import DROPPED
 from vit_simple.convert_checkpoint import convert, main
@@ -253,7 +253,7 @@ def test_a_head_on_dinov2_goes_to_transformers_and_comes_back(tmp_path):
 )
 def test_what_is_written_for_timm_is_read_as_it_was(tmp_path, fields):
     names = ["ant", "bee", "cat", "dog", "eel"]
-    model = tiny(**fields, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    model = tiny(**fields, **label_maps(names))
     model.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "timm", to="timm", family="google")
     convert(tmp_path / "timm", tmp_path / "back")

@@ -1,17 +1,24 @@
+import errno
+import tarfile
+
 import numpy as np
+import PIL.Image
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from tests.conftest import DIGITS
-from vit_simple.data.loading import load_image_data
+from vit_simple.data.loading import load_image_data, raise_user_error
+from vit_simple.files import UserError
 
-PICTURES = [np.full((8, 8, 3), value, dtype=np.uint8) for value in range(40)]
+IMAGES = [np.full((8, 8, 3), value, dtype=np.uint8) for value in range(40)]
 
 
 def save(folder, labels, names=("a", "b"), split="train", **columns):
-    """A local data set of parquet files."""
+    """A local dataset of parquet files."""
     features = Features({"image": Image(), "label": ClassLabel(names=list(names)), **dict.fromkeys(columns, Image())})
-    rows = {"image": PICTURES[: len(labels)], "label": labels, **columns}
+    rows = {"image": IMAGES[: len(labels)], "label": labels, **columns}
     folder.mkdir(exist_ok=True)
     Dataset.from_dict(rows, features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return str(folder)
@@ -21,7 +28,7 @@ def load(name, fraction=0.25, **options):
     return load_image_data(name, validation_fraction=fraction, **options)
 
 
-def test_digits_are_split_by_class_and_the_test_split_stays_whole():
+def test_validation_split_is_stratified_and_test_split_stays_whole():
     data = load(DIGITS, fraction=0.1)
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 1293, "validation": 144, "test": 360}
     assert data.labels.class_names == [str(digit) for digit in range(10)]
@@ -29,13 +36,13 @@ def test_digits_are_split_by_class_and_the_test_split_stays_whole():
     assert counts.min() >= 14 and counts.max() <= 15
 
 
-def test_the_validation_part_is_a_function_of_the_seed():
-    first, again, other = (load(DIGITS, seed=seed).splits["validation"]["label"][:] for seed in (0, 0, 1))
-    assert first == again != other
+def test_validation_split_is_a_function_of_the_seed():
+    first, second, other = (load(DIGITS, seed=seed).splits["validation"]["label"][:] for seed in (0, 0, 1))
+    assert first == second != other
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "dev"])
-def test_a_validation_split_of_the_data_is_used_as_it_is(tmp_path, name):
+def test_validation_split_of_the_dataset_is_used_as_it_is(tmp_path, name):
     for split, labels in (("train", [0, 1] * 4), (name, [1, 0])):
         file = save(tmp_path / "files", labels, split=split) + f"/{split}-00000-of-00001.parquet"
         load_dataset("parquet", data_files=file, split="train").save_to_disk(tmp_path / "set" / split)
@@ -44,18 +51,16 @@ def test_a_validation_split_of_the_data_is_used_as_it_is(tmp_path, name):
     assert len(data.splits["train"]) == 8 and data.splits["validation"]["label"][:] == [1, 0]
 
 
-def test_a_folder_of_pictures_is_a_data_set(tmp_path):
-    from PIL import Image as Pillow
-
+def test_image_folder_is_loaded_with_its_class_names(tmp_path):
     for name in ("cat", "dog"):
         for number in range(4):
             path = tmp_path / "train" / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Pillow.new("L", (8 + number, 8), 50).save(path)
+            PIL.Image.new("L", (8 + number, 8), 50).save(path)
     assert load(str(tmp_path)).labels.class_names == ["cat", "dog"]
 
 
-def test_every_form_of_a_data_set_is_loaded(tmp_path):
+def test_dataset_is_loaded_from_folder_file_and_save_to_disk(tmp_path):
     rows = load_dataset(save(tmp_path / "parquet", [0, 1] * 4), split="train")
     DatasetDict(train=rows, test=rows.select(range(2))).save_to_disk(tmp_path / "splits")
     rows.save_to_disk(tmp_path / "rows")
@@ -64,33 +69,77 @@ def test_every_form_of_a_data_set_is_loaded(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     data = load(str(tmp_path / "splits"), fraction=0.25, max_train_samples=4)
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 4, "validation": 2, "test": 2}
-    assert sorted(tmp_path.rglob("*")) == before, "something was written into the data"
+    assert sorted(tmp_path.rglob("*")) == before, "something was written into the dataset"
 
 
-def test_a_part_of_a_data_set_is_drawn_by_seed():
+def test_max_samples_draws_subsets_by_seed():
     small, other = (load(DIGITS, max_train_samples=50, max_eval_samples=20, seed=seed).splits for seed in (0, 1))
     assert {split: len(rows) for split, rows in small.items()} == {"train": 50, "validation": 20, "test": 20}
     assert small["train"]["label"][:] != other["train"]["label"][:] and len(set(small["train"]["label"])) == 10
     assert len(load(DIGITS, max_train_samples=10**6).splits["train"]) == 1077
 
 
-def test_no_validation_split_is_made_where_none_is_wanted():
+def test_validation_fraction_zero_holds_nothing_out():
     assert {split: len(rows) for split, rows in load(DIGITS, fraction=0).splits.items()} == {"train": 1437, "test": 360}
 
 
-def test_a_data_set_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"--dataset_name: '.*nowhere' cannot be loaded: "):
-        load(str(tmp_path / "nowhere"))
+@pytest.mark.parametrize(
+    "path, content, reason",
+    [
+        ("nowhere", None, "Couldn't find any data file"),
+        ("empty/README.md", b"", "The directory .* doesn't contain any data files"),
+        ("broken/train.parquet", b"not parquet", "Parquet magic bytes not found"),
+        ("broken.arrow", b"not arrow" * 50, "Not an Arrow file"),
+        ("broken.tar", b"not tar" * 500, "ReadError: "),
+        ("card/README.md", b"---\nconfigs: [\n---\n", "ParserError: "),
+        ("script/script.py", b"", "RuntimeError: Dataset scripts are no longer supported"),
+        ("dataset_dict.json", b"{", "Expecting property name"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_load_names_dataset_that_is_missing_or_damaged(tmp_path, path, content, reason, streaming):
+    name = tmp_path / path
+    if content is not None:
+        name.parent.mkdir(exist_ok=True)
+        name.write_bytes(content)
+        name = name if name.suffix in (".arrow", ".tar") else name.parent
+    reason = "written by save_to_disk" if streaming and path == "dataset_dict.json" else f"cannot be loaded: {reason}"
+    with pytest.raises(UserError, match=reason) as error:
+        load(str(name), streaming=streaming)
+    assert str(name) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_columns_that_do_not_fit_are_named_with_those_there_are(tmp_path):
-    folder = save(tmp_path / "set", [0, 1] * 4, thumbnail=PICTURES[:8])
+def test_load_names_unknown_configuration(tmp_path):
+    with pytest.raises(UserError, match=r"BuilderConfig 'no' not found. Available: .'default'."):
+        load(save(tmp_path / "set", [0, 1] * 4), config_name="no")
+
+
+@pytest.mark.parametrize(
+    "error, converted",
+    [
+        (pa.ArrowInvalid("bad"), UserError),
+        (tarfile.ReadError("bad"), UserError),
+        (FileNotFoundError("bad"), UserError),
+        (ConnectionError("bad"), ConnectionError),
+        (OSError(errno.ENOSPC, "bad"), OSError),
+        (TypeError("bad"), TypeError),
+    ],
+)
+def test_raise_user_error_passes_machine_errors_and_bugs(error, converted):
+    with pytest.raises(converted, match="bad"), raise_user_error("cannot be loaded"):
+        raise error
+    with pytest.raises(converted, match="bad"), raise_user_error("cannot be loaded"):
+        raise DatasetGenerationError from error
+
+
+def test_columns_that_are_missing_or_ambiguous_are_named(tmp_path):
+    folder = save(tmp_path / "set", [0, 1] * 4, thumbnail=IMAGES[:8])
     columns = r"got the columns image \(Image\), label \(ClassLabel\), thumbnail \(Image\)"
-    with pytest.raises(ValueError, match=f"--image_column_name: expected one Image column, {columns}"):
+    with pytest.raises(UserError, match=f"--image_column_name: expected one Image column, {columns}"):
         load(folder)
-    with pytest.raises(ValueError, match=f"--image_column_name: expected images in the column 'img', {columns}"):
+    with pytest.raises(UserError, match=f"--image_column_name: expected images in the column 'img', {columns}"):
         load(folder, image_column="img")
-    with pytest.raises(ValueError, match="--label_column_name: expected labels in the column 'thumbnail'"):
+    with pytest.raises(UserError, match="--label_column_name: expected labels in the column 'thumbnail'"):
         load(folder, image_column="image", label_column="thumbnail")
     assert load(folder, image_column="thumbnail").image_column == "thumbnail"
 
@@ -101,39 +150,67 @@ def test_columns_that_do_not_fit_are_named_with_those_there_are(tmp_path):
         ([], ["a", "b"], 'cannot be loaded: Instruction "train" corresponds to no data'),
         ([0, 1, None, 1], ["a", "b"], r"expected labels from 0 to 1, got None in row 2 of the split 'train' \(1 such"),
         ([0, 1, -1, -1], ["a", "b"], r"expected labels from 0 to 1, got -1 in row 2 of the split 'train' \(2 such"),
-        ([1, 1, 1, 1], ["a", "b"], "expected several classes in the split 'train', got 1 only"),
+        ([1, 1, 1, 1], ["a", "b"], "expected several classes in the split 'train', got only 1"),
         ([0, 0, 0, 0], ["a"], r"expected at least two classes in 'label', got \['a'\]"),
-        ([0, 0, 0, 1], ["a", "b"], "--train_val_split: 0.25 does not suit .*: the class 'b' has one image alone"),
+        ([0, 0, 1, 1], ["a", "b"], "--train_val_split: 0.25 would hold out 1 of 4 images, too few or too many"),
+        ([0, 0, 0, 1], ["a", "b"], "--train_val_split: expected at least two images of each class, .* got one of 'b'"),
     ],
 )
-def test_labels_that_cannot_be_learned_are_refused(tmp_path, labels, names, message):
-    with pytest.raises(ValueError, match=message):
+def test_labels_that_cannot_be_learned_raise(tmp_path, labels, names, message):
+    with pytest.raises(UserError, match=message):
         load(save(tmp_path / "set", labels, names))
 
 
-def test_a_label_beyond_the_classes_is_found_in_any_split(tmp_path):
+def test_label_out_of_range_is_found_in_any_split(tmp_path):
     save(tmp_path / "set", [0, 1] * 4)
     folder = save(tmp_path / "set", [0, 2], names=["a", "b", "c"], split="test")
-    with pytest.raises(ValueError, match="expected labels from 0 to 1, got 2 in row 1 of the split 'test'"):
+    with pytest.raises(UserError, match="expected labels from 0 to 1, got 2 in row 1 of the split 'test'"):
         load(folder)
 
 
-@pytest.mark.parametrize("secret", [-1, None])
-def test_a_test_split_whose_labels_are_secret_is_left_out(tmp_path, secret):
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_hidden_test_labels_leave_the_test_split_out(tmp_path, hidden):
     save(tmp_path / "set", [0, 1] * 4)
-    assert "test" not in load(save(tmp_path / "set", [secret, secret], split="test")).splits
-    with pytest.raises(ValueError, match=f"got {secret} in row 1 of the split 'test'"):
-        load(save(tmp_path / "set", [0, secret], split="test"))
+    assert "test" not in load(save(tmp_path / "set", [hidden, hidden], split="test")).splits
+    with pytest.raises(UserError, match=f"got {hidden} in row 1 of the split 'test'"):
+        load(save(tmp_path / "set", [0, hidden], split="test"))
 
 
-def test_a_data_set_without_train_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a 'train' split in .*, got test"):
+def test_train_split_is_required(tmp_path):
+    with pytest.raises(UserError, match=r"expected a 'train' split in .*, got test"):
         load(save(tmp_path / "set", [0, 1], split="test"))
 
 
-def test_a_split_that_leaves_nothing_to_train_on_is_refused(tmp_path):
-    rows = Dataset.from_dict({"image": PICTURES[:4], "price": [0.5, 1.5, 2.5, 4.0]}).cast_column("image", Image())
+@pytest.mark.parametrize("hidden", [False, True])
+def test_stream_reads_all_labels_only_if_the_card_lacks_them_or_classes_are_counted(tmp_path, hidden):
+    folder = save(tmp_path / "set", [0, 1] * 4)
+    save(tmp_path / "set", [-1] * 8 if hidden else [0, 1] * 4, split="test")
+    reads = []
+
+    def on_main_process(function):
+        reads.append(function)
+        return function()
+
+    def stream(**options):
+        return load(folder, streaming=True, on_main_process=on_main_process, **options)
+
+    without_card = stream()
+    assert len(reads) == 1 and without_card.labels.class_counts == [4, 4]
+    card = "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+    card += "      class_label:\n        names:\n          '0': no\n          '1': red\n  splits:\n"
+    card += "".join(f"  - name: {split}\n    num_bytes: 9999\n    num_examples: 8\n" for split in ("train", "test"))
+    (tmp_path / "set/README.md").write_text(card + "---\n")
+    with_card = stream()
+    assert len(reads) == 1 and with_card.labels.class_counts is None
+    assert with_card.labels.class_names == ["False", "red"]  # in YAML an unquoted no is False
+    assert with_card.sizes == without_card.sizes == ({"train": 8} if hidden else {"train": 8, "test": 8})
+    assert list(with_card.splits) == list(with_card.sizes)
+    assert stream(count_classes=True).labels.class_counts == [4, 4] and len(reads) == 2
+
+
+def test_validation_fraction_must_leave_images_to_train_on(tmp_path):
+    rows = Dataset.from_dict({"image": IMAGES[:4], "price": [0.5, 1.5, 2.5, 4.0]}).cast_column("image", Image())
     rows.save_to_disk(tmp_path / "prices")
-    with pytest.raises(ValueError, match=r"0.9 does not suit .*: all of the 4 images would be held out"):
+    with pytest.raises(UserError, match=r"--train_val_split: 0\.9 would hold out all of the 4 images"):
         load(str(tmp_path / "prices"), fraction=0.9)
     assert load(str(tmp_path / "prices"), fraction=0.5).sizes == {"train": 2, "validation": 2}

@@ -1,7 +1,7 @@
-"""Networks that are compiled ahead of time give what they gave before, those in bfloat16 and int8 nearly that.
+"""Models that are compiled ahead of time give the same logits, in bfloat16 and int8 approximately.
 
-The tests of int8 need torchao: `pip install -e ".[int8]" -c constraints.txt`. It is not among what tests install, since
-transformers imports it wherever it is found, which takes a second in every process.
+The tests of int8 need torchao: `pip install -e ".[int8]" -c constraints.txt`. The `test` extra does not install it,
+since transformers imports it if it is there, which takes a second in every process.
 """
 
 import copy
@@ -14,17 +14,17 @@ from tests.conftest import run_python, tiny
 from vit_simple import ViTSimpleForImageClassification
 from vit_simple.inference.compiling import compile_inference
 
-OPENED = """
+RUN_IN_ANOTHER_PROCESS = """
 import sys, torch
 import transformers.modeling_outputs
-fast = torch._inductor.aoti_load_package(sys.argv[1])
-torch.save(fast(torch.load(sys.argv[2])).logits, sys.argv[2])
+compiled = torch._inductor.aoti_load_package(sys.argv[1])
+torch.save(compiled(torch.load(sys.argv[2])).logits, sys.argv[2])
 """
 
 
-def test_the_file_gives_the_networks_logits_for_any_batch_in_a_process_without_the_package(tmp_path):
+def test_compiled_file_gives_the_same_logits_for_any_batch_without_the_package(tmp_path):
     model = tiny(num_hidden_layers=2, drop_path_rate=0.5).train()
-    fast = compile_inference(model, tmp_path / "vit.pt2")
+    compiled = compile_inference(model, tmp_path / "vit.pt2")
     assert model.training
     model.eval()
     for batch in (1, 2, 5):
@@ -32,38 +32,37 @@ def test_the_file_gives_the_networks_logits_for_any_batch_in_a_process_without_t
         with torch.no_grad():
             expected = model(pixels).logits
         bound = {"rtol": 0, "atol": 1e-5 * expected.abs().max().item()}
-        torch.testing.assert_close(fast(pixels).logits, expected, **bound)
+        torch.testing.assert_close(compiled(pixels).logits, expected, **bound)
     torch.save(pixels, tmp_path / "pixels")
-    run_python(sys.executable, tmp_path / "work", OPENED, tmp_path / "vit.pt2", tmp_path / "pixels")
+    run_python(sys.executable, tmp_path / "work", RUN_IN_ANOTHER_PROCESS, tmp_path / "vit.pt2", tmp_path / "pixels")
     torch.testing.assert_close(torch.load(tmp_path / "pixels"), expected, **bound)
 
 
-def test_a_copy_in_bfloat16_stays_near_float32(tmp_path):
+def test_compiled_bfloat16_is_close_to_float32(tmp_path):
     model = tiny(num_hidden_layers=1).eval()
-    fast = compile_inference(copy.deepcopy(model).to(torch.bfloat16), tmp_path / "vit.pt2")
+    compiled = compile_inference(copy.deepcopy(model).to(torch.bfloat16), tmp_path / "vit.pt2")
     pixels = torch.randn(3, 3, *[model.config.image_size] * 2)
     with torch.no_grad():
         expected = model(pixels).logits
-    logits = fast(pixels.bfloat16()).logits
+    logits = compiled(pixels.bfloat16()).logits
     assert logits.dtype == torch.bfloat16
     assert (logits.float() - expected).norm() < 0.05 * expected.norm()
 
 
-def test_int8_stays_near_float32(run_folder, tmp_path):
-    """Logits within 5 % of those in float32, for any picture."""
+def test_compiled_int8_is_close_to_float32(run_folder, tmp_path):
     pytest.importorskip("torchao")
     model = ViTSimpleForImageClassification.from_pretrained(run_folder)
-    fast = compile_inference(model, tmp_path / "digits.pt2", int8=True)
+    compiled = compile_inference(model, tmp_path / "digits.pt2", int8=True)
     pixels = torch.rand(500, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         expected = model(pixels).logits
-    logits = fast(pixels).logits
+    logits = compiled(pixels).logits
     assert not torch.equal(logits, expected)
     assert (logits - expected).norm() < 0.05 * expected.norm()
-    assert type(model.blocks[0].attn.qkv.weight) is torch.nn.Parameter  # a copy was quantised
+    assert type(model.blocks[0].attn.qkv.weight) is torch.nn.Parameter  # a copy was quantized
 
 
-def test_a_network_in_int8_needs_torchao(tmp_path, monkeypatch):
+def test_compile_in_int8_needs_torchao(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     model = tiny().train()
     with pytest.raises(ImportError, match="pip install torchao"):
@@ -71,8 +70,8 @@ def test_a_network_in_int8_needs_torchao(tmp_path, monkeypatch):
     assert model.training
 
 
-def test_what_cannot_be_compiled_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"expected one that ends in \.pt2, got .*vit\.so"):
+def test_compile_checks_its_arguments(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a file name that ends in \.pt2, got .*vit\.so"):
         compile_inference(tiny(), tmp_path / "vit.so")
-    with pytest.raises(ValueError, match="expected a network on the CPU, got one on meta"):
+    with pytest.raises(ValueError, match="expected a model on the CPU, got one on meta"):
         compile_inference(tiny().to("meta"), tmp_path / "vit.pt2", int8=True)

@@ -5,28 +5,40 @@ import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from tests.conftest import EVERY_SWITCH, TINY, tiny
-from vit_simple import VARIANTS, ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
-from vit_simple.configuration_vit_simple import OWN_FIELDS
+from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
+from vit_simple.configuration_vit_simple import OWN_FIELDS, label_maps
 
 
 @pytest.mark.parametrize(
-    "variant, millions",  # DeiT, ViT and Scaling ViT (its table has no head) give the same to the digits shown
-    [("Ti/16", 5.72), ("S/16", 22.05), ("B/16", 86.57), ("L/16", 304.33), ("H/14", 632.05), ("g/14", 1012.61)],
+    "variant, millions",  # as in DeiT, ViT and Scaling ViT (its table has no head), to the digits that they show
+    [
+        ("Ti/16", 5.72),
+        ("S/16", 22.05),
+        ("B/16", 86.57),
+        ("L/16", 304.33),
+        ("H/14", 632.05),
+        ("g/14", 1012.61),
+    ],
 )
-def test_a_variant_has_the_published_number_of_parameters(variant, millions):
+def test_variant_has_the_published_number_of_parameters(variant, millions):
     with torch.device("meta"):
         model = ViTSimpleForImageClassification(ViTSimpleConfig.from_variant(variant, num_labels=1000))
     assert round(model.num_parameters() / 1e6, 2) == millions
 
 
-def test_a_variant_takes_any_patch_size_and_further_fields():
+def test_variant_accepts_any_patch_size_and_further_fields():
     config = ViTSimpleConfig.from_variant("S/8", image_size=64, num_labels=7, pooling="mean")
     assert (config.hidden_size, config.patch_size, config.grid_size, config.num_labels) == (384, 8, (8, 8), 7)
-    assert ViTSimpleConfig.from_variant("notebook/16").num_hidden_layers == 3
+
+
+def test_variant_of_the_notebook_has_its_sizes():
+    config = ViTSimpleConfig.from_variant("notebook/16")
+    sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
+    assert sizes == (128, 3, 4, 128)
 
 
 @pytest.mark.parametrize("variant", ["XL/16", "S", "S/", "S/x", "16", "", None, 16])
-def test_an_unknown_variant_names_those_that_exist(variant):
+def test_variant_that_is_unknown_lists_those_that_exist(variant):
     with pytest.raises(ValueError, match=r"variant: expected NAME/PATCH with NAME in \['notebook', 'Ti'"):
         ViTSimpleConfig.from_variant(variant)
 
@@ -54,8 +66,8 @@ WRONG = [
     ("drop_path_rate", float("nan"), "a number in [0, 1)"),
     ("layer_norm_eps", 0, "a positive number"),
     ("initializer_range", float("inf"), "a positive number"),
-    ("layerscale_value", -1e-5, "None or a number that is not negative"),
-    ("head_init_std", "zero", "None or a number that is not negative"),
+    ("layerscale_value", -1e-5, "None or a number of at least 0"),
+    ("head_init_std", "zero", "None or a number of at least 0"),
     ("qkv_bias", 1, "True or False"),
     ("use_class_token", None, "True or False"),
     ("use_class_token", False, "'mean' when use_class_token=False"),
@@ -71,7 +83,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("field, value, expected", WRONG)
-def test_a_wrong_value_is_named_with_what_was_expected(field, value, expected):
+def test_field_with_a_wrong_value_is_named_with_what_was_expected(field, value, expected):
     with pytest.raises(ValueError) as error:
         ViTSimpleConfig(**{**TINY, field: value})
     assert "ViTSimpleConfig." in str(error.value) and expected in str(error.value)
@@ -79,14 +91,14 @@ def test_a_wrong_value_is_named_with_what_was_expected(field, value, expected):
 
 
 @pytest.mark.parametrize("field, value, expected", WRONG)
-def test_a_wrong_value_is_caught_on_its_way_through_from_pretrained(tmp_path, field, value, expected):
+def test_field_with_a_wrong_value_is_refused_by_from_pretrained(tmp_path, field, value, expected):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
         ViTSimpleModel.from_pretrained(tmp_path, **{field: value})
     assert expected in str(error.value)
 
 
-def test_sizes_that_do_not_suit_sincos2d_positions_or_a_single_label_are_refused():
+def test_fields_that_do_not_fit_together_are_refused():
     with pytest.raises(ValueError, match="a multiple of 4 for position_embedding='sincos2d', got 30"):
         ViTSimpleConfig(**{**TINY, "hidden_size": 30, "num_attention_heads": 3, "position_embedding": "sincos2d"})
     with pytest.raises(ValueError, match=r"num_labels.*[>:].*(1|2)"):
@@ -106,24 +118,24 @@ def test_sizes_that_do_not_suit_sincos2d_positions_or_a_single_label_are_refused
         ("drop_rate", "hidden_dropout_prob"),
     ],
 )
-def test_a_keyword_that_is_nearly_ours_or_timms_is_refused_with_our_name(wrong, right):
+def test_keyword_that_resembles_a_field_is_refused_with_its_name(wrong, right):
     with pytest.raises(ValueError, match=f"no field '{wrong}': did you mean '{right}'"):
         ViTSimpleConfig(**{wrong: 4})
 
 
-def test_a_near_miss_is_caught_on_its_way_through_from_pretrained(tmp_path):
+def test_keyword_that_resembles_a_field_is_refused_by_from_pretrained(tmp_path):
     tiny().save_pretrained(tmp_path)
-    for door in (AutoConfig, AutoModel, ViTSimpleConfig, ViTSimpleModel):
+    for auto_class in (AutoConfig, AutoModel, ViTSimpleConfig, ViTSimpleModel):
         with pytest.raises(ValueError, match="no field 'drop_path': did you mean 'drop_path_rate'"):
-            door.from_pretrained(tmp_path, drop_path=0.3)
+            auto_class.from_pretrained(tmp_path, drop_path=0.3)
 
 
-def test_keys_of_transformers_pass():
+def test_keywords_of_transformers_are_accepted():
     base = {key: value for key, value in PretrainedConfig().to_dict().items() if key != "model_type"}
     assert ViTSimpleConfig(**base, a_key_of_tomorrow=1).a_key_of_tomorrow == 1
 
 
-def test_a_config_survives_saving_with_a_complete_and_local_auto_map(tmp_path):
+def test_saved_config_has_a_complete_and_local_auto_map(tmp_path):
     config = ViTSimpleConfig(**TINY, **EVERY_SWITCH, id2label={i: name for i, name in enumerate("abcde")})
     config.auto_map["AutoModel"] = "somebody/else--modeling_vit_simple.ViTSimpleModel"
     ViTSimpleConfig(**config.to_dict()).save_pretrained(tmp_path)
@@ -138,6 +150,9 @@ def test_a_config_survives_saving_with_a_complete_and_local_auto_map(tmp_path):
     assert again.id2label == config.id2label
 
 
-def test_every_variant_is_valid():
-    for name in VARIANTS:
-        ViTSimpleConfig.from_variant(f"{name}/16")
+def test_label_maps_of_a_config_complete_each_other():
+    maps = label_maps(["yes", "no"])
+    assert maps == {"id2label": {0: "yes", 1: "no"}, "label2id": {"yes": 0, "no": 1}}
+    for name in maps:
+        config = ViTSimpleConfig(**{name: maps[name]})
+        assert (config.id2label, config.label2id, config.num_labels) == (*maps.values(), 2)

@@ -1,4 +1,4 @@
-"""Saved folders, opened through every door, without the package and with it, on every supported transformers."""
+"""Saved folders, loaded by every Auto class, with and without the package, in every supported transformers."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ from transformers import AutoImageProcessor
 
 from tests.conftest import EVERY_SWITCH, environment_without_package, run_python, tiny
 from vit_simple import ViTSimpleForImageClassification
+from vit_simple.configuration_vit_simple import label_maps
 from vit_simple.training.config import TrainConfig
 from vit_simple.training.setup import processor_content
 
@@ -52,13 +53,13 @@ for number, folder in enumerate(sys.argv[1:]):
 
     AutoModel.from_pretrained(folder, **remote).save_pretrained("backbone")
     headless = AutoModelForImageClassification.from_pretrained("backbone", **remote)
-    resized = AutoModelForImageClassification.from_pretrained(folder, num_labels=3, **remote)
-    assert resized.head.weight.shape[0] == 3
-    size = [4 * side for side in resized.config.grid_size]  # patches of four pixels
+    other_labels = AutoModelForImageClassification.from_pretrained(folder, num_labels=3, **remote)
+    assert other_labels.head.weight.shape[0] == 3
+    size = [4 * side for side in other_labels.config.grid_size]  # patches of four pixels
     other_fields = {"image_size": size, "patch_size": 4, "num_channels": 1}
-    adapted = AutoModel.from_pretrained(folder, **other_fields, **remote)
-    assert adapted(torch.randn(2, 1, *size)).pooler_output.shape == (2, model.config.hidden_size)
-    for other in (headless, resized):
+    resized = AutoModel.from_pretrained(folder, **other_fields, **remote)
+    assert resized(torch.randn(2, 1, *size)).pooler_output.shape == (2, model.config.hidden_size)
+    for other in (headless, other_labels):
         assert other.head.weight.abs().max() > 0 and other.head.bias.abs().max() == 0
         for name, tensor in model.state_dict().items():
             assert name.startswith("head.") or torch.equal(other.state_dict()[name], tensor), name
@@ -67,26 +68,24 @@ for number, folder in enumerate(sys.argv[1:]):
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
-    path = tmp_path_factory.mktemp("image") / "grey.png"
+    path = tmp_path_factory.mktemp("image") / "gray.png"
     Image.effect_noise((21, 34), 60).save(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def folders(run_folder, tmp_path_factory):
-    """A run's folder, and one with LayerScale, registers and fixed positions, which pools the class token."""
+    """The folder of a run, and one of a model with LayerScale, registers and fixed positions."""
     folder = tmp_path_factory.mktemp("switches") / "every-switch"
-    labels = {index: name for index, name in enumerate(["a", "b", "c", "d", "e"])}
-    label2id = {name: index for index, name in labels.items()}
     fields = {**EVERY_SWITCH, "pooling": "cls", "position_embedding": "sincos2d"}
-    tiny(**fields, id2label=labels, label2id=label2id).save_pretrained(folder)
-    content = processor_content(TrainConfig(), (16, 16), cropped=True)  # unlike that of the run
+    tiny(**fields, **label_maps("abcde")).save_pretrained(folder)
+    content = processor_content(TrainConfig(), (16, 16), cropped=True)  # unlike the run
     (folder / "preprocessor_config.json").write_text(json.dumps(content))
     return [run_folder, folder]
 
 
 def check(printed: str, folders: list, image) -> list[dict]:
-    """Compares what OPEN printed with what the installed package makes of the folders."""
+    """Compares what OPEN printed with the outputs of the installed package."""
     results = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     for result, folder in zip(results, folders, strict=True):
         model = ViTSimpleForImageClassification.from_pretrained(folder)
@@ -105,7 +104,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("version", [None, *metafunc.config.getoption("--older").split(",")])
 
 
-def test_every_door_gives_the_same_logits_without_the_package(tmp_path, folders, image, version):
+def test_auto_classes_give_the_same_logits_without_the_package(tmp_path, folders, image, version):
     python = environment_without_package(tmp_path / "environment", version)
     results = check(run_python(python, tmp_path / "open", OPEN, image, "remote", *folders), folders, image)
     assert all(result["module"].startswith("transformers_modules.") for result in results)
@@ -119,7 +118,7 @@ def test_every_door_gives_the_same_logits_without_the_package(tmp_path, folders,
     check(run_python(python, tmp_path / "open-again", OPEN, image, "remote", *saved), folders, image)
 
 
-def test_nothing_needs_remote_code_once_the_package_is_imported(tmp_path, folders, image):
+def test_auto_classes_need_no_remote_code_once_the_package_is_imported(tmp_path, folders, image):
     printed = run_python(sys.executable, tmp_path / "open", "import vit_simple\n" + OPEN, image, "local", *folders)
     modules = {result["module"] for result in check(printed, folders, image)}
     assert modules == {"vit_simple.modeling_vit_simple"}

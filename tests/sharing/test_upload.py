@@ -224,7 +224,7 @@ def test_without_a_token_or_with_a_wrong_one_nothing_is_changed(hub, folder, tmp
     assert not hub.repos
     options = ["--push_to_hub", "--hub_model_id", NAME, "--license", "mit", "--output_dir", tmp_path / "run"]
     result = call(hub, tmp_path, ROOT / "train.py", *options, token=None)
-    assert "--push_to_hub: expected a login" in result.stderr and not (tmp_path / "run").exists()
+    assert "--push_to_hub needs a login" in result.stderr and not (tmp_path / "run").exists()
 
 
 UPLOADS = """

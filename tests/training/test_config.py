@@ -9,7 +9,7 @@ from vit_simple.training.config import TrainConfig, parse_config
 from vit_simple.training.setup import build_model_config, processor_content
 
 
-def test_the_command_line_wins_over_the_recipe_over_the_defaults(tmp_path):
+def test_command_line_overrides_recipe_overrides_defaults(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learning_rate: 1e-3\nseed: 3\nnum_train_epochs: 7\nmodel: {image_size: 8, patch_size: 2}\n")
     config = parse_config([str(recipe), "--seed", "4", "--output_dir", "x"])
@@ -18,12 +18,12 @@ def test_the_command_line_wins_over_the_recipe_over_the_defaults(tmp_path):
     assert config.weight_decay == TrainConfig().weight_decay
 
 
-def test_the_digits_recipe_runs_only_when_nothing_else_is_named():
+def test_digits_recipe_is_the_default_without_dataset_name():
     assert parse_config(["--seed", "1"]).optim == "muon"
     assert parse_config(["--dataset_name", "cifar10"]) == TrainConfig(dataset_name="cifar10")
 
 
-def test_a_variant_from_the_command_line_replaces_the_network_of_the_recipe():
+def test_variant_of_command_line_replaces_model_of_recipe():
     config = parse_config(["--variant", "Ti/4", "--image_size", "8"])
     assert (config.model, config.variant, config.optim) == (None, "Ti/4", "muon")
 
@@ -33,14 +33,13 @@ def test_help_lists_every_option_with_its_default(capsys):
         main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for name, default in vars(TrainConfig()).items():
-        assert f"--{name} " in printed and (default is None or f"({default})" in printed)
+        assert f"--{name} " in printed and (default in (None, False) or f"(default: {default})" in printed)
 
 
 @pytest.mark.parametrize("recipe", ["digits", "cifar10", "imagenet_s16", "finetune_b16"])
-def test_a_recipe_has_options_that_exist_and_a_network_that_can_be_built(recipe):
+def test_recipe_options_exist_and_its_model_can_be_built(recipe):
     config = parse_config([str(ROOT / f"recipes/{recipe}.yaml")])
     processor = open_processor(processor_content(TrainConfig(), (32, 32), cropped=False))
     Augment(processor, 10, **config.group("augmentation"))
     if config.model_name_or_path is None:
-        network = build_model_config(config, classes(*map(str, range(1000))))
-        assert network.num_labels == 1000
+        assert build_model_config(config, classes(*map(str, range(1000)))).num_labels == 1000

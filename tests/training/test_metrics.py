@@ -20,7 +20,7 @@ def scored(problem: str, classes: int, *batches) -> Evaluation:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30))
-def test_average_precision_is_its_definition(rows):
+def test_average_precision_follows_its_definition(rows):
     scores, positive = (np.array(column) for column in zip(*rows))
     if not positive.any():
         assert average_precision(scores, positive) is None
@@ -34,7 +34,7 @@ def test_average_precision_is_its_definition(rows):
     assert average_precision(scores, positive) == pytest.approx(expected)
 
 
-def test_single_labels_are_counted_by_class_without_padding():
+def test_single_label_metrics_ignore_padding():
     logits = [[3.0, 1, 0], [0, 2, 1], [0, 2, 1], [9, 9, 9]]
     result = scored(SINGLE, 3, (logits, [0, 1, 2, IGNORED]), ([[0.0, 1, 2]], [0]))
     expected = F.cross_entropy(torch.tensor([*logits[:3], [0, 1, 2]]), torch.tensor([0, 1, 2, 0])).item()
@@ -43,12 +43,12 @@ def test_single_labels_are_counted_by_class_without_padding():
     assert result.confusion.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
 
 
-def test_a_class_without_images_has_no_accuracy_and_many_classes_no_confusion():
+def test_class_without_images_has_no_accuracy_and_many_classes_no_confusion():
     result = scored(SINGLE, 1001, (torch.eye(1001)[:2].tolist(), [0, 5]))
     assert result.confusion is None and result.per_class[:6] == [1.0, None, None, None, None, 0.0]
 
 
-def test_several_labels_are_ranked_within_each_class():
+def test_multi_label_metrics_rank_images_within_each_class():
     logits, labels = [[2.0, -1, 0], [1, 1, 0], [9, 9, 9]], [[1.0, 0, 0], [0, 1, 0], [np.nan] * 3]
     result = scored(MULTI, 3, (logits, labels), ([[0.0, -2, 0]], [[1.0, 1, 0]]))
     assert result.per_class == [pytest.approx((1 + 2 / 3) / 2), pytest.approx((1 + 2 / 3) / 2), None]
@@ -57,7 +57,7 @@ def test_several_labels_are_ranked_within_each_class():
     assert result.values["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(*kept).item())
 
 
-def test_numbers_have_an_error_in_their_own_units_and_the_lower_is_the_better():
+def test_regression_metrics_use_the_unit_of_the_labels():
     result = scored(REGRESSION, 1, ([[1.0], [5.0], [0.0]], [[0.0], [8.0], [np.nan]]), ([[1.0]], [[1.0]]))
     assert result.values == {
         "loss": pytest.approx(10 / 3),
@@ -70,20 +70,20 @@ def test_numbers_have_an_error_in_their_own_units_and_the_lower_is_the_better():
 
 
 @pytest.mark.parametrize("problem, label", [(SINGLE, IGNORED), (MULTI, [np.nan] * 2), (REGRESSION, [np.nan])])
-def test_nothing_to_evaluate_is_an_error(problem, label):
+def test_metrics_without_images_raise_bad_image(problem, label):
     logits = [[0.0]] if problem == REGRESSION else [[0.0, 0.0]]
-    with pytest.raises(BadImage, match="expected an image to be left in every split"):
+    with pytest.raises(BadImage, match="every image of a split is unreadable"):
         scored(problem, len(logits[0]), (logits, [label]))
 
 
-def test_a_table_says_what_was_measured():
+def test_tables_show_metrics():
     single = scored(SINGLE, 2, ([[1.0, 0], [1, 0]], [0, 1]))
     assert table("end", {"test raw": single}).splitlines() == [
         "end                   top-1    top-5     loss   images",
         "  test raw           50.00%  100.00%   0.8133   1 of 2 right",
     ]
     assert class_table("test", single, ["cat", "dog"]).splitlines() == [
-        "test, right of each class",
+        "test, accuracy of each class",
         "  cat               100.00%",
         "  dog                 0.00%",
     ]

@@ -7,7 +7,7 @@ from vit_simple.training.optim import EMA, Muon, build_optimizers, parameter_gro
 EVERY_KIND = {"num_register_tokens": 2, "layerscale_value": 0.1}
 
 
-def test_the_rate_rises_then_falls_to_zero():
+def test_schedule_rises_then_falls_to_zero():
     for kind, middle in (("cosine", 0.5), ("linear", 0.5)):
         factors = [schedule(step, 110, 10, kind) for step in range(111)]
         assert factors[:10] == sorted(factors[:10]) and 0 < factors[0] < 0.1
@@ -20,7 +20,7 @@ def test_the_rate_rises_then_falls_to_zero():
     assert schedule(0, 100, 0, "linear") == 1
 
 
-def test_a_constant_rate_stays_and_a_stable_one_falls_at_the_end():
+def test_schedule_constant_stays_and_stable_falls_at_the_end():
     assert [schedule(step, 100, 10, "constant") for step in (10, 50, 99)] == [1, 1, 1]
     factors = [schedule(step, 100, 10, "warmup_stable_decay", 0.2) for step in range(101)]
     assert factors[10:81] == [1] * 71 and factors[90] == pytest.approx(0.5) and factors[100] == 0
@@ -29,19 +29,21 @@ def test_a_constant_rate_stays_and_a_stable_one_falls_at_the_end():
         assert schedule(4, 100, 10, kind) == pytest.approx(5 / 11)
 
 
-def test_only_kernels_decay():
+def test_weight_decay_applies_to_matrices_only():
     model = tiny(**EVERY_KIND)
-    others, kernels = parameter_groups(model, learning_rate=0.5, weight_decay=0.3)
-    assert (kernels["weight_decay"], others["weight_decay"]) == (0.3, 0.0) and kernels["lr"] == others["lr"] == 0.5
+    others, matrices_group = parameter_groups(model, learning_rate=0.5, weight_decay=0.3)
+    assert (matrices_group["weight_decay"], others["weight_decay"]) == (0.3, 0.0) and matrices_group["lr"] == others[
+        "lr"
+    ] == 0.5
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decaying = {names[id(parameter)] for parameter in kernels["params"]}
+    decaying = {names[id(parameter)] for parameter in matrices_group["params"]}
     matrices = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     blocks = {f"blocks.{block}.{name}.weight" for block in range(3) for name in matrices}
     assert decaying == {"patch_embed.proj.weight", "head.weight"} | blocks
-    assert len(kernels["params"]) + len(others["params"]) == len(names)
+    assert len(matrices_group["params"]) + len(others["params"]) == len(names)
 
 
-def test_each_layer_has_the_rate_of_the_next_one_times_the_layer_decay():
+def test_layer_decay_multiplies_the_learning_rate_of_the_next_layer():
     model = tiny(**EVERY_KIND)
     rates = {}
     for group in parameter_groups(model, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5):
@@ -52,7 +54,7 @@ def test_each_layer_has_the_rate_of_the_next_one_times_the_layer_decay():
         assert rates[id(parameter)] == 0.5**below, name
 
 
-def test_what_is_frozen_is_in_no_group():
+def test_parameter_groups_leave_out_frozen_parameters():
     model = tiny()
     model.requires_grad_(False)
     model.head.requires_grad_(True)
@@ -62,7 +64,7 @@ def test_what_is_frozen_is_in_no_group():
     assert isinstance(adamw, torch.optim.AdamW)
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+def test_optimizers_split_parameters_between_muon_and_adamw():
     model = tiny()
     muon, adamw = build_optimizers(model, 0.25, 0.05, layer_decay=0.5, muon_learning_rate=0.5)
     matrices = [parameter for group in muon.param_groups for parameter in group["params"]]
@@ -75,7 +77,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
 
 
 @pytest.mark.parametrize("option", [{}, {"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw"}, {"ns_steps": 3}])
-def test_muon_steps_as_torchs_does_up_to_its_bfloat16(option):
+def test_muon_steps_like_torch_up_to_bfloat16(option):
     torch.manual_seed(0)
     shapes = [(48, 16), (48, 16), (16, 48), (16, 16)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
@@ -94,7 +96,7 @@ def test_muon_steps_as_torchs_does_up_to_its_bfloat16(option):
     ] * 2
 
 
-def test_averaged_weights_follow_the_weights_and_trade_places_with_them():
+def test_ema_follows_the_weights_and_swaps_with_them():
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
     averaged, expected = EMA(model, decay=0.5), 1.0
@@ -103,10 +105,18 @@ def test_averaged_weights_follow_the_weights_and_trade_places_with_them():
         averaged.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    with averaged.applied():
+    with averaged.weights("ema"):
         assert model.weight.item() == pytest.approx(expected) and 17 < expected < 19
     assert model.weight.item() == 19 and averaged.state_dict()["weight"].item() == pytest.approx(expected)
 
     other = EMA(model, decay=0.5)
     other.load_state_dict(averaged.state_dict())
-    assert torch.equal(other.averages[0], averaged.averages[0]) and model.weight.item() == 19
+    assert torch.equal(other.averages["weight"], averaged.averages["weight"]) and model.weight.item() == 19
+
+
+def test_ema_without_decay_has_only_raw_weights():
+    model = torch.nn.Linear(1, 1)
+    ema = EMA(model, None)
+    ema.update(0)
+    with ema.weights("raw"):
+        assert ema.variants == ("raw",) and ema.state_dict() == {}

@@ -3,20 +3,21 @@ import torch
 
 from tests.conftest import classes, tiny
 from vit_simple.data.processors import open_processor
+from vit_simple.files import UserError
 from vit_simple.training.config import TrainConfig, parse_config
 from vit_simple.training.setup import build_model, build_model_config, processor_content
 
 NAMES = ["a", "b", "c"]
 
 
-def test_a_variant_has_the_defaults_of_the_paper():
+def test_model_config_has_the_size_of_the_variant():
     config = build_model_config(TrainConfig(), classes("cat", "dog"))
     assert (config.hidden_size, config.patch_size, config.image_size, config.num_labels) == (384, 16, 224, 2)
     assert config.id2label == {0: "cat", 1: "dog"} and config.label2id == {"cat": 0, "dog": 1}
     assert build_model_config(TrainConfig(drop_path_rate=0.3), classes(*NAMES)).drop_path_rate == 0.3
 
 
-def test_numbers_and_words_that_yaml_misreads_are_understood(tmp_path):
+def test_recipe_values_that_yaml_misreads_are_understood(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "mixed_precision: no\ncache_images: off\nmodel: {layerscale_value: 1e-5, pooling: mean}\n"
     )
@@ -33,7 +34,7 @@ def checkpoint(tmp_path):
     return model, str(tmp_path / "checkpoint")
 
 
-def test_a_checkpoint_of_the_same_classes_goes_on_with_its_head(checkpoint):
+def test_checkpoint_of_the_same_classes_keeps_its_head(checkpoint):
     model, path = checkpoint
     network = build_model(TrainConfig(model_name_or_path=path, drop_path_rate=0.2), classes(*NAMES))
     for (name, one), other in zip(model.named_parameters(), network.parameters()):
@@ -42,7 +43,7 @@ def test_a_checkpoint_of_the_same_classes_goes_on_with_its_head(checkpoint):
 
 
 @pytest.mark.parametrize("names", [["x", "y", "z"], ["a", "b"]])
-def test_new_classes_get_a_new_head_drawn_by_seed(checkpoint, names):
+def test_checkpoint_of_other_classes_gets_a_head_drawn_by_seed(checkpoint, names):
     model, path = checkpoint
     first, again, other = (
         build_model(TrainConfig(model_name_or_path=path, seed=seed), classes(*names)) for seed in (0, 0, 1)
@@ -53,25 +54,25 @@ def test_new_classes_get_a_new_head_drawn_by_seed(checkpoint, names):
     assert torch.equal(first.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
+def test_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
     _, path = checkpoint
-    with pytest.raises(ValueError, match=r"--eval_only: expected the labels of the checkpoint, \['a', 'b', 'c'\]"):
+    with pytest.raises(UserError, match=r"--eval_only: expected the labels of the checkpoint, \['a', 'b', 'c'\]"):
         build_model(TrainConfig(model_name_or_path=path, eval_only=True), classes("a", "b"))
-    with pytest.raises(ValueError, match=r"--model_name_or_path: .*nowhere cannot be read"):
+    with pytest.raises(UserError, match=r"--model_name_or_path: .*nowhere cannot be read"):
         build_model(TrainConfig(model_name_or_path=str(tmp_path / "nowhere")), classes(*NAMES))
-    with pytest.raises(ValueError, match=r"expected an image processor there: .*preprocessor_config"):
+    with pytest.raises(UserError, match=r"it has no image processor: .*preprocessor_config"):
         processor_content(TrainConfig(model_name_or_path=path), (16, 16), cropped=False)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ValueError, match="expected a checkpoint of vit_simple, got one of vit in "):
+    with pytest.raises(UserError, match="expected the model type vit_simple, got vit"):
         build_model(TrainConfig(model_name_or_path=str(tmp_path)), classes(*NAMES))
 
 
-def test_a_frozen_backbone_leaves_the_head_alone_to_learn(checkpoint):
+def test_freeze_backbone_trains_only_the_head(checkpoint):
     network = build_model(TrainConfig(model_name_or_path=checkpoint[1], freeze_backbone=True), classes(*NAMES))
     assert [name for name, p in network.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
-def test_evaluation_crops_the_middle_where_training_crops_at_random():
+def test_evaluation_crops_the_center_if_training_crops_at_random():
     from PIL import Image
 
     picture = Image.new("RGB", (64, 32))
@@ -81,5 +82,5 @@ def test_evaluation_crops_the_middle_where_training_crops_at_random():
         pixels = processor(picture, return_tensors="pt").pixel_values
         assert pixels.shape == (1, 3, 16, 16) and (pixels[..., 1:-1, 1:-1] == 1).all() == white
     assert processor_content(TrainConfig(), (224, 224), True)["size"] == {"shortest_edge": 256}
-    with pytest.raises(ValueError, match=r"--crop_pct: expected a square image_size, got \(16, 32\)"):
+    with pytest.raises(UserError, match=r"--crop_pct needs a square image_size, got \(16, 32\)"):
         processor_content(TrainConfig(crop_pct=0.9), (16, 32), cropped=False)

@@ -1,4 +1,4 @@
-"""A checkpoint is opened at another size, with other channels, patches and labels."""
+"""Loading a checkpoint at another image size, with other channels, patches and labels."""
 
 import copy
 
@@ -9,7 +9,8 @@ from transformers import AutoModel, AutoModelForImageClassification
 
 from tests.conftest import EVERY_SWITCH, TINY, tiny
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
-from vit_simple.modeling_vit_simple import resample_kernel, resample_positions
+from vit_simple.configuration_vit_simple import label_maps
+from vit_simple.modeling_vit_simple import resample_kernel, resample_positions, resize
 
 
 @pytest.fixture
@@ -22,8 +23,8 @@ def saved(tmp_path):
     return save
 
 
-def agrees(model):
-    """The config says what the tensors are: a model of the same config has their shapes, and takes its images."""
+def assert_config_describes(model):
+    """A model built from the config has the same shapes and gives the same outputs."""
     again = type(model)(ViTSimpleConfig(**model.config.to_dict()))
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     size, channels = model.config.image_size, model.config.num_channels
@@ -33,71 +34,71 @@ def agrees(model):
     assert torch.equal(again.eval()(images)[0], output[0])
 
 
-@pytest.mark.parametrize("door", [AutoModel, AutoModelForImageClassification, ViTSimpleForImageClassification])
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageClassification, ViTSimpleForImageClassification])
 @pytest.mark.parametrize(
-    "fields, said",
+    "fields, change",
     [
         ({"image_size": 24}, "positions (4, 4) to (6, 6)"),
         ({"image_size": (16, 32)}, "positions (4, 4) to (4, 8)"),
-        ({"num_channels": 1}, "patch kernel 3 x 4 to 1 x 4"),
-        ({"num_channels": 6}, "patch kernel 3 x 4 to 6 x 4"),
-        ({"patch_size": 8}, "patch kernel 3 x 4 to 3 x 8, positions (4, 4) to (2, 2)"),
-        ({"image_size": 32, "patch_size": 8}, "patch kernel 3 x 4 to 3 x 8"),
-        ({"num_labels": 7}, "a new head for 7 labels in the place of 5"),
+        ({"num_channels": 1}, "patches 3 x 4 to 1 x 4"),
+        ({"num_channels": 6}, "patches 3 x 4 to 6 x 4"),
+        ({"patch_size": 8}, "patches 3 x 4 to 3 x 8, positions (4, 4) to (2, 2)"),
+        ({"image_size": 32, "patch_size": 8}, "patches 3 x 4 to 3 x 8"),
+        ({"num_labels": 7}, "a new head for 7 labels instead of 5"),
         ({}, None),
     ],
 )
-def test_a_checkpoint_is_adapted_through_every_door(saved, caplog, door, fields, said):
+def test_checkpoint_is_resized_by_every_class(saved, caplog, auto_class, fields, change):
     model, path = saved(**EVERY_SWITCH)
-    opened = door.from_pretrained(path, **fields)
-    agrees(opened)
-    if door is AutoModel and "num_labels" in fields:
-        said = None  # it has no head
-    assert [record.getMessage() for record in caplog.records if "adapted" in record.getMessage()] == (
-        [f"{path} was adapted: {said}"] if said else []
+    opened = auto_class.from_pretrained(path, **fields)
+    assert_config_describes(opened)
+    if auto_class is AutoModel and "num_labels" in fields:
+        change = None  # it has no head
+    assert [record.getMessage() for record in caplog.records if "resized" in record.getMessage()] == (
+        [f"{path} was resized: {change}"] if change else []
     )
     for name, value in fields.items():
         assert getattr(opened.config, name) == value
     changed = {"pos_embed", "patch_embed.proj.weight", "head.weight", "head.bias"}
     for name, tensor in opened.state_dict().items():
-        if name not in changed or not said:
+        if name not in changed or not change:
             assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_an_adapted_model_is_saved_and_opened_as_it_is(saved, tmp_path):
+def test_resized_model_can_be_saved_and_loaded(saved, tmp_path):
     _, path = saved()
-    adapted = AutoModelForImageClassification.from_pretrained(path, image_size=24, num_channels=4, num_labels=2)
-    adapted.save_pretrained(tmp_path / "adapted")
-    again = AutoModelForImageClassification.from_pretrained(tmp_path / "adapted")
-    assert again.config.to_dict() == {**adapted.config.to_dict(), "_name_or_path": again.config._name_or_path}
-    for name, tensor in adapted.state_dict().items():
+    resized = AutoModelForImageClassification.from_pretrained(path, image_size=24, num_channels=4, num_labels=2)
+    resized.save_pretrained(tmp_path / "resized")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "resized")
+    assert again.config.to_dict() == {**resized.config.to_dict(), "_name_or_path": again.config._name_or_path}
+    for name, tensor in resized.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
 def test_labels_of_the_same_number_keep_the_head(saved):
     model, path = saved()
     names = {number: f"class {number}" for number in range(5)}
-    label2id = {name: number for number, name in names.items()}
-    opened = AutoModelForImageClassification.from_pretrained(path, id2label=names, label2id=label2id)
+    opened = AutoModelForImageClassification.from_pretrained(path, **label_maps(names.values()))
     assert opened.config.id2label == names and torch.equal(opened.head.weight, model.head.weight)
 
 
-def test_one_map_of_the_labels_tells_the_other_and_a_number_names_them_anew(saved, caplog):
+@pytest.mark.parametrize("auto_class", [AutoModelForImageClassification, ViTSimpleForImageClassification])
+def test_label_map_sets_the_other_one_and_num_labels_resets_both(saved, caplog, auto_class):
     _, path = saved(
         num_labels=11, id2label={"10": "k", "2": "c", "0": "a", "1": "b"} | {str(n): f"x{n}" for n in range(3, 10)}
     )
     stored = ViTSimpleConfig.from_pretrained(path)
     assert list(stored.id2label.values()) == ["a", "b", "c", *(f"x{n}" for n in range(3, 10)), "k"]
     for given in ({"id2label": {0: "yes", 1: "no"}}, {"label2id": {"yes": 0, "no": 1}}):
-        config = ViTSimpleForImageClassification.from_pretrained(path, **given).config
+        config = auto_class.from_pretrained(path, **given).config
         assert (config.id2label, config.label2id) == ({0: "yes", 1: "no"}, {"yes": 0, "no": 1})
-    config = ViTSimpleForImageClassification.from_pretrained(path, num_labels=3).config
+    config = auto_class.from_pretrained(path, num_labels=3).config
     assert list(config.id2label.values()) == list(config.label2id) == ["LABEL_0", "LABEL_1", "LABEL_2"]
-    assert ViTSimpleForImageClassification.from_pretrained(path, num_labels=11).config.id2label == stored.id2label
-    assert all("was adapted" in record.getMessage() for record in caplog.records), caplog.text  # one short report
+    assert auto_class.from_pretrained(path, num_labels=11).config.id2label == stored.id2label
+    assert all("was resized" in record.getMessage() for record in caplog.records), caplog.text  # no other warning
 
 
-def test_other_options_of_from_pretrained_still_work(saved):
+def test_from_pretrained_keeps_its_other_options(saved):
     _, path = saved()
     config = ViTSimpleConfig.from_pretrained(path, image_size=24, num_labels=3)
     opened, info = ViTSimpleForImageClassification.from_pretrained(
@@ -118,33 +119,32 @@ def test_other_options_of_from_pretrained_still_work(saved):
         ({"patch_size": 3}, "image_size: expected a multiple of patch_size=3, got 16"),
     ],
 )
-def test_what_cannot_be_adapted_is_refused(saved, fields, message):
+def test_size_that_cannot_work_is_refused(saved, fields, message):
     _, path = saved()
-    for door in (AutoModel, ViTSimpleForImageClassification):
+    for auto_class in (AutoModel, ViTSimpleForImageClassification):
         with pytest.raises(ValueError, match=message):
-            door.from_pretrained(path, **fields)
+            auto_class.from_pretrained(path, **fields)
 
 
-def test_channels_are_summed_or_repeated_at_an_equal_total():
+def test_resample_kernel_sums_or_repeats_channels():
     kernel = torch.randn(5, 3, 4, 4)
     assert torch.allclose(resample_kernel(kernel, (4, 4), 1), kernel.sum(1, keepdim=True))
     six = resample_kernel(kernel, (4, 4), 6)
     assert torch.allclose(six[:, :3], kernel / 2) and torch.equal(six[:, :3], six[:, 3:])
-    grey = torch.randn(2, 1, 4, 4)
-    images = (grey, grey.expand(-1, 3, -1, -1), grey.expand(-1, 6, -1, -1))
+    gray = torch.randn(2, 1, 4, 4)
+    images = (gray, gray.expand(-1, 3, -1, -1), gray.expand(-1, 6, -1, -1))
     tokens = [F.conv2d(image, resample_kernel(kernel, (4, 4), image.shape[1])) for image in images]
     assert torch.allclose(tokens[0], tokens[1], atol=1e-5) and torch.allclose(tokens[1], tokens[2], atol=1e-5)
 
 
-def test_a_larger_patch_of_a_resized_image_gives_the_same_token():
+def test_resample_kernel_gives_a_resized_patch_the_same_token():
     kernel, image = torch.randn(5, 3, 4, 4), torch.randn(2, 3, 4, 4)
     resized = F.interpolate(image, (8, 8), mode="bicubic", antialias=True)
     tokens = F.conv2d(image, kernel), F.conv2d(resized, resample_kernel(kernel, (8, 8), 3))
     assert torch.allclose(*tokens, atol=1e-4)
 
 
-def test_positions_keep_their_shape_at_another_size():
-    """A smooth table stays the function that it was: corners and middle of the grid are where they were."""
+def test_resample_positions_keeps_a_smooth_function():
     y, x = torch.meshgrid(torch.linspace(-1, 1, 14), torch.linspace(-1, 1, 14), indexing="ij")
     table = torch.stack([y, x, x * y]).flatten(1).T[None]
     prefix = torch.randn(1, 2, 3)
@@ -156,7 +156,7 @@ def test_positions_keep_their_shape_at_another_size():
 
 @pytest.mark.parametrize("fields", [{}, EVERY_SWITCH, {"no_embed_class": True}])
 def test_pooled_features_survive_another_size(fields):
-    """224 to 384 pixels, with smooth positions: the features of the resized image point where they did."""
+    """From 224 to 384 pixels, with smooth positions, the features of a resized image hardly change direction."""
     torch.manual_seed(0)
     config = ViTSimpleConfig(**{**TINY, "image_size": 224, "patch_size": 16, **fields})
     small = ViTSimpleForImageClassification(config).eval()
@@ -164,7 +164,7 @@ def test_pooled_features_survive_another_size(fields):
     waves = torch.stack([(x * (i % 4) + y * (i // 4)).cos() for i in range(32)], -1).view(1, 196, 32)
     small.pos_embed.data[:, config.num_prefix_positions :] = 0.1 * waves
     large = copy.deepcopy(small)
-    large.adapt(ViTSimpleConfig(**{**config.to_dict(), "image_size": 384}))
+    resize(large, ViTSimpleConfig(**{**config.to_dict(), "image_size": 384}))
     images = F.interpolate(torch.randn(4, 3, 12, 12), 224, mode="bicubic")
     resized = F.interpolate(images, 384, mode="bicubic", antialias=True)
     with torch.no_grad():
@@ -175,17 +175,17 @@ def test_pooled_features_survive_another_size(fields):
     assert F.cosine_similarity(*features).min() > 0.95
 
 
-def test_weights_that_are_offloaded_are_not_adapted(saved, tmp_path):
+def test_offloaded_weights_are_not_resized(saved, tmp_path):
     model, path = saved()
     places = {name: "cpu" for name, _ in model.named_children()} | {"cls_token": "cpu", "pos_embed": "cpu"}
     del places["blocks"]
     places |= {"blocks.0": "cpu", "blocks.1": "disk", "blocks.2": "disk"}
     options = {"device_map": places, "offload_folder": tmp_path / "offload"}
-    with pytest.raises(ValueError, match="expected weights in memory to be adapted, got offloaded ones"):
+    with pytest.raises(ValueError, match="offloaded weights cannot be resized, load them without device_map"):
         ViTSimpleForImageClassification.from_pretrained(path, image_size=24, **options)
 
 
-def test_a_state_dict_without_a_checkpoint_is_opened_as_transformers_does(saved):
+def test_state_dict_without_a_checkpoint_is_loaded(saved):
     model, _ = saved()
     opened = ViTSimpleForImageClassification.from_pretrained(None, config=model.config, state_dict=model.state_dict())
     for name, tensor in model.state_dict().items():

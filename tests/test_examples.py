@@ -1,0 +1,102 @@
+"""The programs of examples/ run as they stand on a checkpoint and a dataset with other classes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, load_dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from tests.conftest import environment_without_package
+from vit_simple.files import ROOT
+
+NAMES = {"id2label": {0: "even", 1: "odd"}, "label2id": {"even": 0, "odd": 1}}
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory) -> Path:
+    """A dataset of digits that are even or odd."""
+    folder = tmp_path_factory.mktemp("parity")
+    for split, rows in load_dataset(str(ROOT / "data/digits")).items():
+        labels = [label % 2 for label in rows["label"]]
+        rows = (
+            rows.remove_columns("label")
+            .add_column("label", labels)
+            .cast_column("label", ClassLabel(names=["even", "odd"]))
+        )
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Path:
+    return environment_without_package(tmp_path_factory.mktemp("environment") / "venv")
+
+
+def run(python, name: str, folder: Path, *options) -> str:
+    command = [python, ROOT / f"examples/{name}.py", *options]
+    caches = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
+    result = subprocess.run(
+        [*map(str, command)], cwd=folder, env={**os.environ, **caches}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@torch.no_grad()
+def accuracy(model, processor, dataset: Path) -> float:
+    rows = load_dataset(str(dataset), split="test")
+    logits = model.eval()(processor(list(rows["image"]), return_tensors="pt").pixel_values).logits
+    return (logits.argmax(-1) == torch.tensor(rows["label"])).float().mean().item()
+
+
+def load(folder):
+    return AutoModelForImageClassification.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+
+
+def test_linear_probe_trains_the_head_alone_without_the_package(run_folder, parity, elsewhere, tmp_path):
+    said = run(elsewhere, "linear_probe", tmp_path, "--model", run_folder, "--dataset", parity)
+    correct, count = map(int, re.search(r"(\d+) of (\d+) test images right", said).groups())
+    folder = tmp_path / "outputs/probe"
+    model, processor = load(folder)
+    assert model.config.id2label == NAMES["id2label"] and correct / count > 0.7
+    assert accuracy(model, processor, parity) == pytest.approx(correct / count, abs=1 / count)
+    before, after = load_file(run_folder / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"head.weight", "head.bias"}
+
+
+def test_lora_adapter_loads_and_merges_without_the_package(run_folder, parity, elsewhere, tmp_path):
+    run(elsewhere, "fine_tune_lora", tmp_path, "--model", run_folder, "--dataset", parity, "--epochs", "4")
+    merged, processor = load(tmp_path / "outputs/lora")
+    assert accuracy(merged, processor, parity) > 0.7
+    base = AutoModelForImageClassification.from_pretrained(run_folder, **NAMES)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "outputs/lora/adapter")
+    pixel_values = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(adapted.eval()(pixel_values).logits, merged(pixel_values).logits, rtol=0, atol=1e-4)
+
+
+def test_trainer_example_saves_a_checkpoint_that_loads_in_one_line(run_folder, parity, tmp_path):
+    options = ["--model", run_folder, "--dataset", parity, "--epochs", "4"]
+    run(sys.executable, "fine_tune_trainer", tmp_path, *options)
+    model, processor = load(tmp_path / "outputs/fine-tuned")
+    assert model.config.id2label == NAMES["id2label"] and accuracy(model, processor, parity) > 0.7
+    assert (tmp_path / "outputs/fine-tuned/modeling_vit_simple.py").exists()
+
+
+def test_extracted_maps_and_vectors_are_those_of_the_images(run_folder, elsewhere, tmp_path):
+    options = ["--model", run_folder, "--dataset", ROOT / "data/digits", "--count", "5"]
+    run(elsewhere, "extract_features", tmp_path, *options)
+    found = load_file(tmp_path / "outputs/features.safetensors")
+    assert found["vectors"].shape == (5, 64) and found["maps"].shape == (5, 64, 4, 4)
+    model, processor = load(run_folder)
+    images = load_dataset(str(ROOT / "data/digits"), split="test")[:5]["image"]
+    with torch.no_grad():
+        logits = model.eval()(processor(images, return_tensors="pt").pixel_values).logits
+        torch.testing.assert_close(model.head(found["vectors"]), logits, rtol=0, atol=1e-5)

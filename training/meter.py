@@ -1,0 +1,74 @@
+"""The running loss of a training, its speed, and the time it waits for data."""
+
+import contextlib
+import time
+
+import torch
+from accelerate import Accelerator
+
+from ..files import RunError
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+class Meter:
+    """Sums since the last line of the log. They stay on the device, so that no step waits for it.
+
+    Attributes:
+        loss_sum: the sum of the losses of this process, shape (1,).
+        first_bad_step: the first step, counted from 1, whose loss or gradient was not finite; shape (1,).
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.loss_sum = torch.zeros(1, device=accelerator.device)
+        self.first_bad_step = torch.full((1,), NEVER, device=accelerator.device)
+        self.reset()
+
+    def reset(self):
+        self.loss_sum.zero_()
+        self.batches, self.start = 0, time.perf_counter()
+        self.seconds_waiting = self.seconds_paused = 0.0
+
+    def add(self, loss: torch.Tensor):
+        self.loss_sum += loss
+        self.batches += 1
+
+    def note_gradient_norm(self, gradient_norm: torch.Tensor, step: int):
+        is_finite = (self.loss_sum + gradient_norm).isfinite()
+        self.first_bad_step = torch.where(is_finite, self.first_bad_step, self.first_bad_step.clamp(max=step))
+
+    def raise_if_not_finite(self):
+        """Waits for the device. Called by every process.
+
+        Raises:
+            RunError: the loss or the gradient of a step was not finite in some process.
+        """
+        step = self.accelerator.gather(self.first_bad_step).min().item()
+        if step < NEVER:
+            raise RunError(f"the loss or the gradient of step {step} is not finite: try a lower learning rate")
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Time in this context counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.seconds_waiting += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time in this context does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.seconds_paused += time.perf_counter() - start
+
+    def summary(self, steps: int, images_per_batch: int) -> dict[str, float]:
+        """The mean loss of the last `steps` steps, images per second, and the fraction of time spent waiting for data.
+
+        Resets the meter. Called by every process; `images_per_batch` counts the images of all of them.
+        """
+        loss = self.accelerator.reduce(self.loss_sum / steps, "mean").item()
+        seconds = time.perf_counter() - self.start - self.seconds_paused
+        speed, data_wait = self.batches * images_per_batch / seconds, self.seconds_waiting / seconds
+        self.reset()
+        return {"loss": loss, "images_per_second": round(speed, 1), "data_wait": round(data_wait, 4)}

@@ -1,0 +1,38 @@
+"""What train.py prints, in the main process."""
+
+from accelerate import Accelerator
+
+from ..data.dataloader import has_16_bit_images
+from ..data.labels import REGRESSION
+from ..data.streaming import StreamingSplit
+from ..modeling_vit_simple import ViTSimpleForImageClassification
+from .checkpoint import Splits, gather_bad_images
+from .metrics import Evaluation, class_table, table
+
+
+def print_setup(accelerator: Accelerator, splits: Splits, model: ViTSimpleForImageClassification, dataset_name: str):
+    labels = next(iter(splits.values())).data.labels
+    sizes = ", ".join(f"{split.size} {name}" for name, split in splits.items())
+    outputs = f"{len(labels.class_names)} {'outputs' if labels.problem_type == REGRESSION else 'classes'}"
+    accelerator.print(f"{dataset_name}: {sizes} images, {outputs}")
+    if has_16_bit_images(next(iter(splits.values())).data):
+        accelerator.print("16-bit images are scaled to 8 bits here; pipelines clip them at 255 instead")
+    if "validation" not in splits and isinstance(splits.get("train"), StreamingSplit):
+        accelerator.print("no validation: the dataset has no validation split, and a stream cannot be split")
+    devices = f"{accelerator.num_processes} x {accelerator.device}"
+    accelerator.print(f"ViTSimple: {model.num_parameters():,} parameters, {devices}")
+
+
+def print_results(accelerator: Accelerator, title: str, results: dict[str, Evaluation], class_names: list[str]):
+    """A table of all results, then a table of the classes for each result."""
+    accelerator.print(table(title, results))
+    for name, result in results.items():
+        if result.per_class:
+            accelerator.print(class_table(name, result, class_names))
+
+
+def print_bad_images(accelerator: Accelerator, splits: Splits):
+    """Called by every process."""
+    bad_images = [f"{row}: {why}" for rows in gather_bad_images(splits).values() for row, why in rows.items()]
+    if bad_images:
+        accelerator.print("\n  ".join([f"skipped {len(bad_images)} unreadable images:", *bad_images]))
