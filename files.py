@@ -23,7 +23,7 @@ INHERITED = ("base_model", "license", "license_name", "license_link")
 PREPROCESSOR = "preprocessor_config.json"
 SAFETENSORS = ("model.safetensors", "model-?????-of-?????.safetensors")  # glob patterns: one file, or shards
 
-NETWORK_ERRORS = HfHubHTTPError.__bases__  # the errors of the HTTP library, and OSError
+NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)  # the errors of the HTTP library; not all are an OSError
 
 
 class UserError(ValueError):

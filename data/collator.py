@@ -4,6 +4,8 @@ import torch
 from transformers import BaseImageProcessor
 
 from .augment import Augment
+from .decoding import load_rgb
+from .processors import process
 
 MARK = "augment"
 
@@ -34,8 +36,7 @@ class TrainerCollator:
         self.image_column, self.label_column = image_column, label_column
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        images = [row[self.image_column] for row in rows]
-        pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
+        pixels = process(self.processor, [load_rgb(row[self.image_column]) for row in rows])
         labels = torch.tensor([row[self.label_column] for row in rows])
         marks = {MARK in row for row in rows}
         if len(marks) > 1:

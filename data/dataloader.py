@@ -24,6 +24,7 @@ from .loading import ImageData
 
 MAX_CACHE_BYTES = 4 * 2**30
 HEADER_BATCH_SIZE = 256  # images whose headers are read at a time
+BIT_DEPTH_ROWS = 64  # images whose headers tell whether a dataset has 16 bits
 
 
 def seed_for(*key) -> int:
@@ -47,6 +48,17 @@ def have_equal_sizes(rows: Dataset, column: str) -> bool:
                 if size != first:
                     return False
     return True
+
+
+def has_16_bit_images(data: ImageData) -> bool:
+    """Whether one of the first training images is gray with 16 bits; reads their headers."""
+    if data.array_shape is not None:
+        return False
+    for value in next(iter(data.splits["train"].iter(BIT_DEPTH_ROWS)))[data.image_column]:
+        with contextlib.suppress(BadImage), raise_bad_image():
+            if open_image(value).mode.startswith("I"):
+                return True
+    return False
 
 
 def column_values(table: pa.Table, column: str) -> list:

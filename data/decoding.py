@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from transformers import BaseImageProcessor
 
 from ..files import UserError
+from .processors import process
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
-MAX_ASPECT_RATIO = 50  # times its short side is what is kept of an image whose middle is cut out
+MAX_ASPECT_RATIO = 50  # times its short side: what is kept, nearly, of a longer image that is cropped to its middle
 
 
 class BadImage(UserError):
@@ -150,6 +151,9 @@ def stack_as_uint8(images: list[PIL.Image.Image]) -> torch.Tensor:
 class Decoder:
     """Undecoded rows to uint8 pixels: what the processor does before it scales them, or random crops of the same size.
 
+    Without random crops the pixels are bit for bit those of a pipeline in this environment, but for transparency,
+    16 bits and images longer than `MAX_ASPECT_RATIO`: docs/environments.md.
+
     Args:
         processor: the checkpoint's image processor.
         shape: (C, H, W) of the pixels.
@@ -192,11 +196,11 @@ class Decoder:
             if self.arrays:
                 return torch.tensor(value)
             image = load_rgb(open_image(value))
-            longest = MAX_ASPECT_RATIO * min(image.size)
-            if self.crops_center and max(image.size) > longest:
-                width, height = (min(side, longest) for side in image.size)
-                left, upper = (image.width - width) // 2, (image.height - height) // 2
-                image = image.crop((left, upper, left + width, upper + height))
+            short = min(image.size)
+            if self.crops_center and max(image.size) > MAX_ASPECT_RATIO * short:
+                # Both ends lose as much, a multiple of the short side, so that the resized middle stays where it is.
+                left, upper = (max(side - MAX_ASPECT_RATIO * short, 0) // (2 * short) * short for side in image.size)
+                image = image.crop((left, upper, image.width - left, image.height - upper))
             return image
 
     def stack(self, images: list[PIL.Image.Image | torch.Tensor | None]) -> torch.Tensor:
@@ -208,5 +212,4 @@ class Decoder:
         images = [blank if image is None else image for image in images]
         if self.is_identity and all(image.size == self.size for image in images):
             return stack_as_uint8(images)
-        unscaled = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
-        return self.processor(images, **unscaled, return_tensors="pt")["pixel_values"]
+        return process(self.processor, images)

@@ -1,10 +1,17 @@
-"""The image processor of a model that is trained from scratch, and how any processor is opened."""
+"""The image processor of a model that is trained from scratch, and how any processor is opened and called."""
 
 import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
+import torch
+import transformers
 from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers.utils import is_torchvision_available
+
+from ..files import UserError
 
 
 def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = None, resample: int = 2) -> dict:
@@ -36,7 +43,30 @@ def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = Non
 
 
 def open_processor(content: dict) -> BaseImageProcessor:
-    """The processor that a preprocessor_config.json stands for."""
+    """The processor that a preprocessor_config.json describes.
+
+    Raises:
+        UserError: this version of transformers needs torchvision for it, and torchvision is not installed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(content), encoding="utf-8")
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        try:
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:
+            if is_torchvision_available():
+                raise
+            raise UserError(
+                f"transformers {transformers.__version__} needs torchvision to open an image processor: "
+                "pip install torchvision, or pip install 'transformers>=5.18'"
+            ) from error
+
+
+def process(processor: BaseImageProcessor, images: list[PIL.Image.Image]) -> torch.Tensor:
+    """uint8 (B, C, H, W): RGB images as the processor resizes and crops them, before it scales them.
+
+    The images go in as arrays. Without `input_data_format` an image of three rows is ambiguous; with it, the
+    torchvision processors of transformers 5.0 to 5.20 read PIL images wrong.
+    """
+    arrays = [np.array(image) for image in images]  # (H, W, C); copies, since torch warns about read-only memory
+    unscaled = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
+    return processor(arrays, **unscaled, return_tensors="pt")["pixel_values"]

@@ -215,6 +215,8 @@ def limitations(facts: Facts) -> str:
     if facts.dataset:
         dataset = facts.dataset["name"]
         lines.append(f"It is meant for images like those in {dataset}, and as a starting point for fine-tuning.")
+        if facts.dataset.get("has_16_bit_images"):
+            lines.append("Training scaled 16-bit images to 8 bits. A pipeline clips them at 255: convert them first.")
     if not has_head(facts.config):
         lines.append("It outputs features, not classes.")
     elif facts.task == "image-feature-extraction":

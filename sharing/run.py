@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
 
+from ..data.dataloader import has_16_bit_images
 from ..data.loading import ImageData
 from ..files import NETWORK_ERRORS, ROOT, RunError, UserError, inherited
 from ..training.config import TrainConfig
@@ -52,6 +53,7 @@ def record_run(config: TrainConfig, data: ImageData, folder: Path):
         "config": config.dataset_config_name,
         "revision": revision,
         "images": data.sizes["train"],
+        "has_16_bit_images": has_16_bit_images(data),
     }
     record(folder, dataset=dataset, **base)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from ..configuration_vit_simple import AUTO_MAP, ViTSimpleConfig
 from ..conversion.convert import open_config, read_config
 from ..conversion.state_dict import import_state_dict, join_names, load_tensors
+from ..data.processors import open_processor
 from ..files import CODE, PREPROCESSOR, RECORD, ROOT, SAFETENSORS, UserError, has_head, read_json
 
 REQUIRED = ("config.json", PREPROCESSOR, *CODE)
@@ -75,6 +76,7 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
     if content.get("model_type") != ViTSimpleConfig.model_type or content.get("auto_map") != AUTO_MAP:
         raise UserError(f"config.json: expected model_type vit_simple and the auto_map {AUTO_MAP}")
     config = open_config(folder, ViTSimpleConfig)
+    open_processor(read_json(folder / PREPROCESSOR))
     weights = sorted(path.name for path in folder.iterdir() if is_weights(path.name))
     tensors = load_tensors([folder / name for name in weights if name.endswith(".safetensors")])
     import_state_dict(tensors, {}, config)

@@ -2,6 +2,7 @@
 
 from accelerate import Accelerator
 
+from ..data.dataloader import has_16_bit_images
 from ..data.labels import REGRESSION
 from ..data.streaming import StreamingSplit
 from ..modeling_vit_simple import ViTSimpleForImageClassification
@@ -14,6 +15,8 @@ def print_setup(accelerator: Accelerator, splits: Splits, model: ViTSimpleForIma
     sizes = ", ".join(f"{split.size} {name}" for name, split in splits.items())
     outputs = f"{len(labels.class_names)} {'outputs' if labels.problem_type == REGRESSION else 'classes'}"
     accelerator.print(f"{dataset_name}: {sizes} images, {outputs}")
+    if has_16_bit_images(next(iter(splits.values())).data):
+        accelerator.print("16-bit images are scaled to 8 bits here; pipelines clip them at 255 instead")
     if "validation" not in splits and isinstance(splits.get("train"), StreamingSplit):
         accelerator.print("no validation: the dataset has no validation split, and a stream cannot be split")
     devices = f"{accelerator.num_processes} x {accelerator.device}"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import processor
 from vit_simple.data.decoding import BadImage, Decoder, load_rgb, random_resized_crop, sample_crop_box
+from vit_simple.train import main
 
 sizes = st.one_of(
     st.tuples(st.integers(1, 70), st.integers(1, 70)), st.sampled_from([(1, 2000), (2000, 1), (3, 900), (900, 3)])
@@ -180,3 +181,17 @@ def test_a_random_crop_keeps_the_part_and_the_ratio_that_it_should():
     assert 0.25 <= areas.min() < 0.3 and 0.8 < areas.max() <= 1
     assert 0.75 - 1e-9 <= ratios.min() < 0.8 and 1.25 < ratios.max() <= 4 / 3 + 1e-9
     assert sample_crop_box(1000, 10, 0.9, draw) == pytest.approx((493.333, 0, 506.667, 10), abs=1e-3)  # none fits
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_training_on_16_bit_images_says_so_in_the_log_and_the_card(tmp_path, capsys, dtype):
+    for number in range(8):
+        (tmp_path / f"images/train/{number % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, np.iinfo(dtype).max, (16, 16), dtype=dtype)
+        PIL.Image.fromarray(pixels).save(tmp_path / f"images/train/{number % 2}/{number}.png")
+    options = ["--dataset_name", str(tmp_path / "images"), "--variant", "notebook/8", "--image_size", "16"]
+    options += ["--max_steps", "1", "--per_device_train_batch_size", "4", "--train_val_split", "0"]
+    main([*options, "--output_dir", str(tmp_path / "run")])
+    printed, card = capsys.readouterr().out, (tmp_path / "run/README.md").read_text()
+    assert ("16-bit images are scaled to 8 bits here" in printed) == (dtype == np.uint16)
+    assert ("16-bit images were scaled to 8 bits" in card) == (dtype == np.uint16)
