@@ -30,7 +30,7 @@ def main():
             logits[backend] = torch.cat([model(batch).logits for batch in batches])
         pixels[backend] = torch.cat(batches)
         right = (logits[backend].argmax(-1) == labels).sum().item()
-        print(f"{backend:<12} {right} of {len(labels)} right")
+        print(f"{backend:<12} {right} of {len(labels)} correct")
     for name, sides in (("pixel_values", pixels), ("logits", logits)):
         one, other = sides.values()
         largest, mean = (one - other).abs().max().item(), (one - other).abs().mean().item()

@@ -158,7 +158,7 @@ def table(title: str, evaluations: dict[str, Evaluation]) -> str:
     for name, evaluation in evaluations.items():
         values = evaluation.values
         numbers = "".join(format(values[column], COLUMNS[column][1]) for column in columns)
-        images = f"{values['correct']} of {values['count']} right" if "correct" in values else str(values["count"])
+        images = f"{values['correct']} of {values['count']} correct" if "correct" in values else str(values["count"])
         lines.append(f"  {name:<16}{numbers} {values['loss']:8.4f}   {images}")
     return "\n".join(lines)
 

@@ -193,7 +193,7 @@ def test_every_kind_of_image_trains_is_evaluated_and_predicted(tmp_path, capsys,
     folder, result = run(tmp_path, str(tmp_path / "images"), "--train_val_split", "0", *options)
     assert (result["correct"], result["count"]) == (22, 22)
     main(["--eval_only", "--model_name_or_path", folder, "--dataset_name", str(tmp_path / "images")])
-    assert "22 of 22 right" in capsys.readouterr().out
+    assert "22 of 22 correct" in capsys.readouterr().out
     classify = pipeline("image-classification", model=folder)
     clipped = {file for file in class_of if "sixteen" in file and "dark" in file}  # pipelines clip 16 bits at 255
     for file, name in class_of.items():

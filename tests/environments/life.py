@@ -123,7 +123,7 @@ def test_eval_only_prints_the_score_of_the_run(run_of_digits, capsys):
     main(["--eval_only", "--model_name_or_path", str(run_of_digits), *options])
     test = read_metrics(run_of_digits)[-1]
     assert test["split"] == "test"
-    assert f"{test['correct']} of 64 right" in capsys.readouterr().out
+    assert f"{test['correct']} of 64 correct" in capsys.readouterr().out
 
 
 def test_pipeline_opens_checkpoints_without_the_package(run_of_digits, saved_by_trainer, image, tmp_path, monkeypatch):

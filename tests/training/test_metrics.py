@@ -80,7 +80,7 @@ def test_tables_show_metrics():
     single = scored(SINGLE, 2, ([[1.0, 0], [1, 0]], [0, 1]))
     assert table("end", {"test raw": single}).splitlines() == [
         "end                   top-1    top-5     loss   images",
-        "  test raw           50.00%  100.00%   0.8133   1 of 2 right",
+        "  test raw           50.00%  100.00%   0.8133   1 of 2 correct",
     ]
     assert class_table("test", single, ["cat", "dog"]).splitlines() == [
         "test, accuracy of each class",
