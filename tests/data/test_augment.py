@@ -211,5 +211,5 @@ def test_the_collator_mixes_marked_rows_alone(processor):
     assert plain["labels"].tolist() == [row["label"] for row in rows]
     assert mixed["labels"].shape == (8, 5) and mixed["labels"].dtype == torch.float32
     assert not torch.equal(mixed["pixel_values"], expected)
-    with pytest.raises(ValueError, match="expected all of them marked for augmentation or none, got some"):
+    with pytest.raises(ValueError, match="expected all or none of a batch to be marked for augmentation, got some"):
         collate([rows[0], marked[1]])

@@ -89,7 +89,9 @@ def check(printed: str, folders: list, image) -> list[dict]:
     results = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     for result, folder in zip(results, folders, strict=True):
         model = ViTSimpleForImageClassification.from_pretrained(folder)
-        pixels = AutoImageProcessor.from_pretrained(folder)(Image.open(image), return_tensors="pt").pixel_values
+        backend = "pil" if result["version"].startswith("4.") else None  # transformers 4 uses Pillow; 5 has a default
+        processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
+        pixels = processor(Image.open(image), return_tensors="pt").pixel_values
         with torch.no_grad():
             logits = model(pixels).logits[0]
         assert result["logits"] == logits.tolist()
