@@ -11,8 +11,8 @@ from vit_simple.push_to_hub import main as push
 from vit_simple.train import main as train
 
 LINE = (
-    r"^{command}: error: (preprocessor_config\.json: )?transformers [\d.]+ needs torchvision to open an image processor: "
-    r"pip install torchvision, or pip install 'transformers>=5\.18'$"
+    r"^{command}: error: (preprocessor_config\.json: )?transformers [\d.]+ needs torchvision to open an image "
+    r"processor: pip install torchvision, or pip install 'transformers>=5\.18'$"
 )
 
 
