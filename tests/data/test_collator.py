@@ -97,7 +97,7 @@ class StopAfterOneEpoch(TrainerCallback):
 
 def test_trainer_resumes_a_stopped_run_with_the_same_weights(tmp_path):
     def trainer(name: str, *callbacks) -> Trainer:
-        options = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "save_strategy": "epoch", "bf16": True}
+        options = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "save_strategy": "epoch"}
         return Trainer(
             tiny(num_labels=3),
             arguments(tmp_path / name, gradient_checkpointing=True, use_cpu=True, **options),
