@@ -28,12 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", help="weight file, checkpoint folder or Hub repository")
     parser.add_argument("out", metavar="OUT", help="new folder to write")
     libraries = ("vit_simple", "timm", "transformers")
-    parser.add_argument("--to", choices=libraries, default="vit_simple", help="library to write for")
-    preset = "preprocessing preset, if the checkpoint has no image processor"
+    parser.add_argument("--to", choices=libraries, default="vit_simple", help="output format (default: vit_simple)")
+    preset = "preprocessing to use when the checkpoint has no image processor; docs/conversion.md explains the values"
     parser.add_argument("--family", choices=FAMILIES, help=preset)
-    parser.add_argument("--num_attention_heads", type=int, help="attention heads, if there is no config")
-    parser.add_argument("--hidden_act", help="activation of a CLIP file without a config: gelu or quick_gelu")
-    parser.add_argument("--base_model", help="repository of the original weights, for the model card")
+    parser.add_argument("--num_attention_heads", type=int, help="number of attention heads, if there is no config.json")
+    parser.add_argument("--hidden_act", help="activation of a CLIP file without config.json: gelu or quick_gelu")
+    parser.add_argument("--base_model", help="Hub id of the original weights, for the model card")
     return parser
 
 

@@ -16,14 +16,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", metavar="FOLDER", help="checkpoint to push")
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository, created if needed")
-    license = "license id for the model card, e.g. apache-2.0 (default: that of the card or of the base model)"
+    license = "license id, such as apache-2.0; required if neither the model card nor the base model has one"
     parser.add_argument("--license", help=license)
     parser.add_argument("--private", action="store_true", help="create the repository as private; fail if it is public")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, created if needed (default: main)")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of changing the branch")
-    parser.add_argument("--tag", help="tag the commit after it was verified")
-    parser.add_argument("--commit_message", metavar="TEXT", help="title of the commit (default: the folder's name)")
-    parser.add_argument("--dry_run", action="store_true", help="only check and print the files and the card")
+    parser.add_argument("--tag", help="tag to create once the commit is verified")
+    message = "title of the commit (default: 'NAME, pushed by vit_simple', with the name of the folder)"
+    parser.add_argument("--commit_message", metavar="TEXT", help=message)
+    parser.add_argument("--dry_run", action="store_true", help="only check, and print the files and the model card")
     return parser
 
 

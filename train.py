@@ -2,7 +2,7 @@
 
 python train.py                                    # the digits recipe
 python train.py recipes/cifar10.yaml --seed 1
-python train.py --dataset_name path/to/images --model_name_or_path outputs/digits
+python train.py --dataset_name path/to/images --model_name_or_path outputs/vit-b16
 torchrun --nproc_per_node 8 train.py recipes/imagenet_s16.yaml
 """
 

@@ -1,4 +1,4 @@
-"""Saves the features of images: one vector for each image, and one for each patch as a map of the image.
+"""Saves the features of images: one vector for each image and one for each patch, the latter arranged as a map.
 
     python examples/extract_features.py
     python examples/extract_features.py --model your-name/your-vit --dataset path/to/images --count 100

@@ -47,7 +47,7 @@ def main():
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
         per_device_train_batch_size=16,
-        label_names=["labels"],  # Trainer cannot find them behind the adapter
+        label_names=["labels"],  # Trainer does not see the model's signature through the adapter
         remove_unused_columns=False,  # the collator needs the images
         save_strategy="no",
         report_to="none",
@@ -64,7 +64,7 @@ def main():
     print(trainer.evaluate())
     model.save_pretrained(adapter)
 
-    # The base needs the labels of the adapter, so that its head has the right size.
+    # The base model is loaded with the labels of the adapter, so that its head has the same size.
     merged = PeftModel.from_pretrained(load_base(), adapter).merge_and_unload()
     merged.save_pretrained(options.output_dir)
     processor.save_pretrained(options.output_dir)

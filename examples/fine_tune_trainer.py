@@ -3,7 +3,8 @@
     python examples/fine_tune_trainer.py
     python examples/fine_tune_trainer.py --model your-name/your-vit --dataset path/to/images --bf16
 
-The best epoch is chosen on a tenth of the training images. Other classes than those of the checkpoint get a new head.
+The best epoch is chosen on a tenth of the training images. If the dataset has another number of classes than the
+checkpoint, the model gets a new head.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main():
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         problem_type="single_label_classification",  # mixup makes labels soft; they stay probabilities of one class
-        dtype=torch.float32,  # of the weights, also with bf16, which autocasts the matrix products
+        dtype=torch.float32,  # also with --bf16, which autocasts the matrix products only
         trust_remote_code=True,
     )
     augment = Augment(processor, num_classes=len(names), crop_padding=1, mixup_alpha=0.2, label_smoothing_factor=0.1)
@@ -55,7 +56,7 @@ def main():
         remove_unused_columns=False,  # the collator needs the images
         report_to="none",
     )
-    groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.05, layer_decay=0.75)
+    groups = parameter_groups(model, learning_rate=5e-4, weight_decay=0.05, layer_decay=0.75)
     trainer = Trainer(
         model,
         arguments,

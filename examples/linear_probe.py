@@ -3,7 +3,7 @@
     python examples/linear_probe.py
     python examples/linear_probe.py --model your-name/your-vit --dataset path/to/images
 
-Every image passes the backbone once. The classifier becomes the head of a checkpoint that loads in one line.
+The backbone processes every image once. The classifier becomes the head of a checkpoint that loads in one line.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main():
     train, test = (extract(model, processor, dataset[split]) for split in ("train", "test"))
     fit(model.head, *train, options.weight_decay)
     correct = (model.head(test[0]).argmax(-1) == test[1]).sum().item()
-    print(f"{correct} of {len(test[1])} test images right")
+    print(f"{correct} of {len(test[1])} test images correct")
     model.save_pretrained(options.output_dir)
     processor.save_pretrained(options.output_dir)
 

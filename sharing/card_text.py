@@ -15,11 +15,11 @@ METRICS = {  # name in metrics.jsonl: the Hub's name of the metric, and the titl
     "top5": ("accuracy", "top-5 accuracy"),
     "map": ("map", "mean average precision"),
     "mae": ("mae", "mean absolute error"),
-    "r2": ("r_squared", "R2"),
+    "r2": ("r_squared", "R²"),
     "loss": ("loss", "loss"),
 }
 IMAGES = {
-    "curves.png": "Loss, score and learning rate",
+    "curves.png": "Loss, {score} and learning rate",
     "confusion.png": "Confusion matrix",
     "predictions.png": "Predictions; errors are red",
 }
@@ -65,6 +65,12 @@ class Facts:
         return [name for name in METRICS if name in self.result and not (name == "top5" and few_classes)]
 
     @property
+    def score(self) -> str:
+        """The title of the metric that curves.png shows beside the loss."""
+        kinds = {"regression": "mae", "multi_label_classification": "map"}
+        return METRICS[kinds.get(self.config.get("problem_type"), "top1")][1]
+
+    @property
     def dataset(self) -> dict:
         return self.record.get("dataset") or {}
 
@@ -87,7 +93,8 @@ def join(names: str | list[str]) -> str:
 def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
     """The sections of the card; a section without facts is left out."""
     repo_id = repo_id or f"{PLACEHOLDER}/{facts.folder.resolve().name}"
-    images = [f"![{title}]({file})\n\n*{title}*" for file, title in IMAGES.items() if (facts.folder / file).exists()]
+    titles = {file: title.format(score=facts.score) for file, title in IMAGES.items() if (facts.folder / file).exists()}
+    images = [f"![{title}]({file})\n\n*{title}*" for file, title in titles.items()]
     remarks = facts.record.get("remarks")
     sections = [
         f"# {repo_id.rpartition('/')[2]}",
@@ -131,20 +138,35 @@ def summary(facts: Facts) -> str:
 
 
 def usage(facts: Facts, repo_id: str, tag: str | None) -> str:
-    """A snippet that loads the checkpoint, and how to pin a revision."""
+    """A snippet that loads and calls the checkpoint, and how to pin a revision."""
     options = f'"{repo_id}"' + (f', revision="{tag}"' if tag else "")
-    if facts.processor.get("do_resize") is False or facts.task == "image-feature-extraction":  # no pipeline takes these
-        name = "AutoModelForImageClassification" if has_head(facts.config) else "AutoModel"
-        lines = f"model = {name}.from_pretrained({options}, trust_remote_code=True)"
+    is_of_arrays = facts.processor.get("do_resize") is False
+    if is_of_arrays or facts.task == "image-feature-extraction":  # no pipeline takes these
+        lines = model_lines(facts, options, is_of_arrays)
     else:
-        name = "pipeline"
         raw = ', function_to_apply="none"' if facts.config.get("problem_type") == "regression" else ""
-        lines = f'predict = pipeline("{facts.task}", model={options}{raw}, trust_remote_code=True)\n'
+        lines = "from transformers import pipeline\n\n"
+        lines += f'predict = pipeline("{facts.task}", model={options}{raw}, trust_remote_code=True)\n'
         lines += 'predict("image.png")'
     advice = "" if tag else '\nTo pin code and weights, add `revision="..."` with the hash of a commit.'
+    return f"```python\n{lines}\n```\n\n`trust_remote_code=True` runs the two Python files of this repository.{advice}"
+
+
+def model_lines(facts: Facts, options: str, is_of_arrays: bool) -> str:
+    """The lines that load the image processor and the model, and call them."""
+    name, output = "AutoModel", "pooler_output"
+    if has_head(facts.config):
+        name, output = "AutoModelForImageClassification", "logits"
+    load, images = "\nfrom transformers.image_utils import load_image", 'load_image("image.png")'
+    if is_of_arrays:  # (channels, height, width)
+        load, images = "", '[array], input_data_format="channels_first"'
     return (
-        f"```python\nfrom transformers import {name}\n\n{lines}\n```\n\n"
-        f"`trust_remote_code=True` runs the two Python files of this repository.{advice}"
+        f"from transformers import AutoImageProcessor, {name}{load}\n\n"
+        f"processor = AutoImageProcessor.from_pretrained({options})\n"
+        f"model = {name}.from_pretrained({options}, trust_remote_code=True)\n"
+        f'pixel_values = processor({images}, return_tensors="pt").pixel_values'
+        f"{'  # array: uint8, (channels, height, width)' if is_of_arrays else ''}\n"
+        f"model(pixel_values).{output}"
     )
 
 
@@ -165,7 +187,7 @@ def results(facts: Facts) -> str:
     dataset = facts.dataset.get("name", "the dataset")
     caption = f"On {result['count']:,} {result['split']} images of {dataset}"
     caption += f" ({result['correct']:,} correct)" if "correct" in result else ""
-    caption += ", with averaged weights" if result.get("weights") == "ema" else ""
+    caption += ", using the EMA weights" if result.get("weights") == "ema" else ""
     caption += f", at step {result['step']:,}" if result["step"] != facts.metrics[-1]["step"] else ""
     return "\n".join([f"{caption}:", "", *(f"| {' | '.join(row)} |" for row in table)])
 
@@ -210,25 +232,28 @@ def plural(count: float, noun: str) -> str:
 def limitations(facts: Facts) -> str:
     """What the checkpoint is for, what it outputs, and what it was not evaluated for."""
     labels, problem = list(facts.config.get("id2label", {}).values()), facts.config.get("problem_type")
-    classes = f"these classes: {', '.join(labels)}" if len(labels) <= 20 else f"{len(labels):,} classes"
+    classes = f"{len(labels):,} classes" + (f": {', '.join(labels)}" if len(labels) <= 20 else "")
     lines = []
     if facts.dataset:
         dataset = facts.dataset["name"]
         lines.append(f"It is meant for images like those in {dataset}, and as a starting point for fine-tuning.")
         if facts.dataset.get("has_16_bit_images"):
-            lines.append("Training scaled 16-bit images to 8 bits. A pipeline clips them at 255: convert them first.")
+            lines.append(
+                "Training rescaled 16-bit images to 8 bits, but a pipeline clips them at 255. Convert 16-bit images to "
+                "8-bit before calling it."
+            )
     if not has_head(facts.config):
         lines.append("It outputs features, not classes.")
     elif facts.task == "image-feature-extraction":
         lines.append("Its logits are features, not classes.")
     elif problem == "regression":
-        lines.append(f"Its outputs are numbers, not probabilities: {', '.join(labels)}.")
+        lines.append(f"It predicts numbers ({', '.join(labels)}), not class probabilities.")
     elif problem == "multi_label_classification":
-        lines.append(f"An image can show any number of {classes}.")
+        lines.append(f"For each image, it predicts any number of its {classes}.")
     elif len(labels) > 1:
-        lines.append(f"It always predicts one of {classes}, even for images that show none of them.")
+        lines.append(f"It has {classes}. It always predicts one of them, even if the image shows none.")
     if facts.result:
-        lines.append("It was not evaluated on other datasets, nor for bias across groups of people.")
+        lines.append("It was not evaluated on other datasets or for demographic bias.")
     elif facts.base_model:
-        lines.append(f"It was not evaluated in this form; see the model card of {facts.base_model}.")
+        lines.append(f"The converted weights were not re-evaluated; for the original results, see {facts.base_model}.")
     return "\n".join(lines) or "It was not evaluated."

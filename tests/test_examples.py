@@ -62,7 +62,7 @@ def load(folder):
 
 def test_linear_probe_trains_the_head_alone_without_the_package(run_folder, parity, elsewhere, tmp_path):
     said = run(elsewhere, "linear_probe", tmp_path, "--model", run_folder, "--dataset", parity)
-    correct, count = map(int, re.search(r"(\d+) of (\d+) test images right", said).groups())
+    correct, count = map(int, re.search(r"(\d+) of (\d+) test images correct", said).groups())
     folder = tmp_path / "outputs/probe"
     model, processor = load(folder)
     assert model.config.id2label == NAMES["id2label"] and correct / count > 0.65

@@ -68,6 +68,19 @@ def test_commands_have_options_that_exist(script, parse):
         parse(words)
 
 
+def test_benchmarks_have_the_options_that_the_pages_show():
+    pages = [*PAGES, ROOT / "benchmarks/README.md"]
+    texts = [re.sub(r"\\\n", " ", page.read_text(encoding="utf-8")) for page in pages]
+    found = [command for text in texts for command in re.findall(r"python -m benchmarks\.(\w+)([^`\n]*)", text)]
+    wrong = {
+        f"{module} {option}"
+        for module, arguments in found
+        for option in re.findall(r"--\w+", arguments)
+        if f'"{option}"' not in (ROOT / f"benchmarks/{module}.py").read_text(encoding="utf-8")
+    }
+    assert len(found) >= 15 and not wrong
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_to_files_that_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")

@@ -30,7 +30,11 @@ class TrainConfig:
     """
 
     dataset_name: str = option(
-        "data", "data/digits", None, "Hub id, folder, or parquet, arrow or tar file; without it, the digits recipe runs"
+        "data",
+        "data/digits",
+        None,
+        "Hub id, folder, or parquet, arrow or tar file; with neither this option nor a recipe, recipes/digits.yaml "
+        "runs",
     )
     dataset_config_name: str | None = option("data", None, None, "configuration of the dataset")
     dataset_revision: str | None = option("data", None, None, "branch, tag or commit of the dataset on the Hub")
@@ -47,11 +51,14 @@ class TrainConfig:
         "data",
         None,
         "[0, 1]",
-        "minimum area fraction of a random resized crop, 0 to disable (default: 0.08, or 0 for cached images of equal "
-        "size)",
+        "smallest crop, as a fraction of the image area; 0 disables (default: 0.08, or 0 if all training images have "
+        "the same size and fit in the cache)",
     )
     crop_pct: float | None = option(
-        "data", None, "(0, 1]", "center crop fraction in evaluation (default: 0.875 if training crops randomly, else 1)"
+        "data",
+        None,
+        "(0, 1]",
+        "fraction of the short side kept in evaluation (default: 0.875 with random crops, otherwise 1)",
     )
     streaming: bool = option("data", False, None, "stream the dataset instead of downloading it")
     shuffle_buffer_size: int = option("data", 1000, COUNT, "shuffle buffer of each streaming worker, in rows")
@@ -59,13 +66,14 @@ class TrainConfig:
         "data",
         "auto",
         ("auto", "off"),
-        "auto: keep a split decoded in memory if it fits in 4 GiB and is not randomly cropped",
+        "auto: keep a split decoded on the device if it fits in 4 GiB and is not randomly cropped",
     )
     dataloader_num_workers: int | None = option(
         "data",
         None,
         AMOUNT,
-        "worker processes that decode images (default: one per core on a GPU, 0 on a CPU, 1 when streaming on a CPU)",
+        "processes that decode images, for each training process (default: with a GPU, its share of the CPU cores, at "
+        "most 16; without one, 0, or 1 when streaming)",
     )
     on_bad_image: str = option(
         "data", "error", ("error", "skip"), "stop at an image that cannot be decoded, or skip it"
@@ -77,9 +85,11 @@ class TrainConfig:
         "model", None, None, "ViTSimpleConfig fields as YAML; replaces --variant and --image_size"
     )
     model_name_or_path: str | None = option(
-        "model", None, None, "checkpoint to fine-tune or evaluate (default: train from scratch)"
+        "model", None, None, "folder or Hub id of a checkpoint to fine-tune or evaluate (default: train from scratch)"
     )
-    drop_path_rate: float | None = option("model", None, "[0, 1)", "stochastic depth rate of the last block")
+    drop_path_rate: float | None = option(
+        "model", None, "[0, 1)", "stochastic depth rate of the last block (default: 0, or the checkpoint's)"
+    )
     freeze_backbone: bool = option("model", False, None, "train only the head")
     gradient_checkpointing: bool = option("model", False, None, "recompute activations to save memory")
 
@@ -89,58 +99,81 @@ class TrainConfig:
     gradient_accumulation_steps: int = option("optimization", 1, COUNT, "batches per optimizer step")
     per_device_eval_batch_size: int = option("optimization", 256, COUNT, "images per evaluation batch and process")
     learning_rate: float = option("optimization", 1e-3, AMOUNT, "peak learning rate of AdamW")
-    weight_decay: float = option("optimization", 0.05, AMOUNT, "weight decay of the weight matrices")
+    weight_decay: float = option("optimization", 0.05, AMOUNT, "weight decay, applied to weight matrices only")
     optim: str = option(
-        "optimization", "adamw", ("adamw", "muon"), "muon: Muon for the matrices of the blocks, AdamW for the rest"
+        "optimization",
+        "adamw",
+        ("adamw", "muon"),
+        "muon: Muon for the 2D weights of the transformer blocks, AdamW for the rest",
     )
     muon_learning_rate: float = option("optimization", 0.02, AMOUNT, "peak learning rate of Muon")
-    lr_scheduler_type: str = option("optimization", "cosine", SCHEDULES, "learning rate schedule after warmup")
+    lr_scheduler_type: str = option("optimization", "cosine", SCHEDULES, "learning rate schedule after the warmup")
     warmup_steps: float = option("optimization", 0.1, AMOUNT, "warmup steps, or a fraction of all steps if below 1")
     decay_steps: float = option(
         "optimization", 0.2, AMOUNT, "decay steps of warmup_stable_decay, or a fraction of all steps if below 1"
     )
-    max_grad_norm: float = option("optimization", 1.0, AMOUNT, "gradient clipping norm, 0 to disable")
+    max_grad_norm: float = option("optimization", 1.0, AMOUNT, "gradient clipping norm; 0 disables")
     ema_decay: float | None = option(
         "optimization", None, "[0, 1)", "decay of an exponential moving average of the weights (default: no average)"
     )
-    layer_decay: float = option("optimization", 1.0, "(0, 1]", "layer-wise learning rate decay, 1 to disable")
+    layer_decay: float = option(
+        "optimization", 1.0, "(0, 1]", "learning rate factor per layer, from the head down; 1 disables"
+    )
     class_weights: str | None = option(
         "optimization", None, ("balanced",), "balanced: weight the loss by inverse class frequency"
     )
 
-    output_dir: str | None = option("run", None, None, "where to save (default: outputs/DATASET, numbered)")
-    resume_from_checkpoint: str | None = option("run", None, None, '"latest", or a checkpoints/step_N folder')
+    output_dir: str | None = option(
+        "run", None, None, "folder of the run (default: outputs/DATASET, then outputs/DATASET-2, ...)"
+    )
+    resume_from_checkpoint: str | None = option(
+        "run",
+        None,
+        None,
+        "resume from 'latest' (in --output_dir) or from a checkpoints/step_N folder; options that affect the result "
+        "must match the original run",
+    )
     seed: int = option("run", 0, AMOUNT, "random seed")
     logging_steps: int = option("run", 10, COUNT, "log every N steps")
     eval_steps: int | None = option("run", None, COUNT, "evaluate every N steps (default: every epoch)")
     save_steps: int = option("run", 500, COUNT, "save a checkpoint every N steps")
     save_total_limit: int = option("run", 2, COUNT, "keep the last N checkpoints")
     report_to: str | None = option("run", None, ("tensorboard", "wandb", "trackio"), "also log to this tracker")
-    eval_only: bool = option("run", False, None, "only evaluate --model_name_or_path; writes nothing")
+    eval_only: bool = option(
+        "run", False, None, "only evaluate --model_name_or_path on the validation and test splits; write nothing"
+    )
     mixed_precision: str | None = option(
-        "run", None, ("no", "bf16"), "autocast in training (default: as accelerate launch says, else no)"
+        "run",
+        None,
+        ("no", "bf16"),
+        "precision for training (default: the setting of `accelerate launch`, otherwise no)",
     )
     torch_compile: bool = option("run", False, None, "compile the model")
 
-    horizontal_flip: float = option("augmentation", 0.5, "[0, 1]", "probability of a horizontal flip")
+    horizontal_flip: float = option(
+        "augmentation", 0.5, "[0, 1]", "probability of a horizontal flip; set to 0 for digits or text"
+    )
     crop_padding: int = option("augmentation", 0, AMOUNT, "pad by this many pixels, then crop at random")
     randaugment_num_ops: int = option("augmentation", 0, AMOUNT, "RandAugment operations per image")
     randaugment_magnitude: float = option("augmentation", 9.0, "[0, 10]", "RandAugment magnitude")
     random_erasing: float = option("augmentation", 0.0, "[0, 1]", "probability of random erasing")
-    mixup_alpha: float = option("augmentation", 0.0, AMOUNT, "mixup alpha, 0 to disable")
-    cutmix_alpha: float = option("augmentation", 0.0, AMOUNT, "CutMix alpha, 0 to disable")
-    label_smoothing_factor: float = option("augmentation", 0.0, "[0, 1)", "label smoothing")
+    mixup_alpha: float = option("augmentation", 0.0, AMOUNT, "mixup alpha; 0 disables")
+    cutmix_alpha: float = option("augmentation", 0.0, AMOUNT, "CutMix alpha; 0 disables")
+    label_smoothing_factor: float = option("augmentation", 0.0, "[0, 1)", "label smoothing; 0 disables")
     affine_degrees: float = option("augmentation", 0.0, "[0, 90)", "maximum rotation in degrees")
     affine_translate: float = option("augmentation", 0.0, "[0, 1)", "maximum shift, as a fraction of the image size")
-    affine_scale: float = option("augmentation", 0.0, "[0, 1)", "maximum relative change of scale")
+    affine_scale: float = option("augmentation", 0.0, "[0, 1)", "scale by a random factor in [1 - X, 1 + X]")
     affine_shear: float = option("augmentation", 0.0, "[0, 90)", "maximum shear in degrees")
 
     push_to_hub: bool = option("hub", False, None, "push the result to the Hub and verify it")
     hub_model_id: str | None = option("hub", None, None, "repository, USER/NAME; created if needed")
-    hub_strategy: str = option("hub", "end", ("end", "every_save"), "every_save: also push at each checkpoint")
+    hub_strategy: str = option("hub", "end", ("end", "every_save"), "push at the end, or also at every checkpoint")
     hub_private_repo: bool = option("hub", False, None, "create the repository as private; fail if it is public")
     license: str | None = option(
-        "hub", None, None, "license id for the model card, such as apache-2.0 (default: that of the base model)"
+        "hub",
+        None,
+        None,
+        "license id, such as apache-2.0 (default: that of the base model); required to push if there is none",
     )
 
     def __post_init__(self):

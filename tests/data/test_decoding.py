@@ -194,4 +194,4 @@ def test_training_on_16_bit_images_says_so_in_the_log_and_the_card(tmp_path, cap
     main([*options, "--output_dir", str(tmp_path / "run")])
     printed, card = capsys.readouterr().out, (tmp_path / "run/README.md").read_text()
     assert ("16-bit images are scaled to 8 bits here" in printed) == (dtype == np.uint16)
-    assert ("Training scaled 16-bit images to 8 bits" in card) == (dtype == np.uint16)
+    assert ("Training rescaled 16-bit images to 8 bits" in card) == (dtype == np.uint16)

@@ -1,11 +1,15 @@
 import json
+import re
 
+import numpy as np
+import PIL.Image
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 
-from tests.conftest import tiny
+from tests.conftest import TINY, tiny
 from tests.sharing.conftest import edit
-from vit_simple import __version__
+from vit_simple import ViTSimpleConfig, ViTSimpleModel, __version__
+from vit_simple.data.processors import stock_processor
 from vit_simple.files import UserError, read_metrics
 from vit_simple.sharing.card import BEGIN, END, OLD_BEGIN, build_card, user_text
 from vit_simple.sharing.card_text import confidence_interval
@@ -72,7 +76,7 @@ def test_card_keeps_results_on_other_datasets(folder):
     card.data.eval_results.append(other)
     card.save(folder / "README.md")
     datasets = [result.dataset_type for result in ModelCard(build_card(folder)).data.eval_results]
-    assert datasets.count("uoft-cs/cifar10") == 1 and datasets.count("imagefolder") == 3
+    assert datasets.count("uoft-cs/cifar10") == 1 and datasets.count("imagefolder") == 2
 
 
 # The generated part
@@ -104,6 +108,30 @@ def test_card_counts_the_parameters_of_all_shards(tmp_path):
     assert f"{model.num_parameters() / 1e6:.2f} million" in build_card(tmp_path)
 
 
+def call_snippet(card: str, folder, **names):
+    """The value of the last line of the card's snippet, for the checkpoint in `folder`."""
+    snippet = re.search("```python\n(.*?)\n```", card, flags=re.DOTALL)[1]
+    lines = re.sub('"your-name/.*?"', repr(str(folder)), snippet).splitlines()
+    exec("\n".join(lines[:-1]), names)
+    return eval(lines[-1], names)
+
+
+def test_card_of_a_model_without_head_shows_how_to_compute_features(tmp_path, monkeypatch):
+    ViTSimpleModel(ViTSimpleConfig(**TINY)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stock_processor((16, 16))))
+    PIL.Image.new("L", (20, 30)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    assert call_snippet(build_card(tmp_path), tmp_path).shape == (1, 32)
+
+
+def test_card_of_a_model_of_arrays_shows_how_to_call_it(tmp_path):
+    tiny(num_channels=2).save_pretrained(tmp_path)
+    content = stock_processor((16, 16)) | {"do_convert_rgb": False, "do_resize": False}
+    content |= {"image_mean": [0.5, 0.5], "image_std": [0.5, 0.5]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    assert call_snippet(build_card(tmp_path), tmp_path, array=np.zeros((2, 16, 16), np.uint8)).shape == (1, 5)
+
+
 def test_card_of_a_clip_projection_is_one_of_features(tmp_path):
     names = {index: f"feature {index}" for index in range(5)}
     tiny(id2label=names, label2id={name: index for index, name in names.items()}).save_pretrained(tmp_path)
@@ -117,7 +145,8 @@ def test_card_of_a_regression_asks_the_pipeline_for_raw_outputs_and_has_no_inter
     edit(folder / "provenance.json", '"name": "digits"', '"name": "ages"')
     write_metrics(folder, {"step": 40, "split": "test", "count": 360, "mae": 1.5, "r2": 0.75, "loss": 3.2})
     text = ModelCard(build_card(folder)).text
-    assert 'function_to_apply="none"' in text and "It always predicts" not in text
+    assert 'function_to_apply="none"' in text and "not class probabilities" in text and "It always" not in text
+    assert "Loss, mean absolute error and learning rate" in text
     assert "On 360 test images of ages:\n\n| metric | value |\n| --- | --- |\n| mean absolute error | 1.5 |" in text
 
 
@@ -125,9 +154,9 @@ def test_card_of_a_multi_label_model_lists_its_classes(folder):
     edit(folder / "config.json", '"pre_norm"', '"problem_type": "multi_label_classification", "pre_norm"')
     write_metrics(folder, {"step": 40, "split": "test", "count": 360, "weights": "ema", "map": 0.8123, "loss": 0.2})
     text = ModelCard(build_card(folder)).text
-    assert "On 360 test images of digits, with averaged weights:" in text
+    assert "On 360 test images of digits, using the EMA weights:" in text
     assert "| mean average precision | 0.8123 |" in text
-    assert "An image can show any number of these classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in text
+    assert "For each image, it predicts any number of its 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in text
 
 
 def test_confidence_interval_is_wilsons():
