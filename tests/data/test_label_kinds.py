@@ -281,7 +281,7 @@ def test_streams_of_parquet_and_webdataset_train_the_same_weights(tmp_path, caps
         options = ["--streaming", "--random_resized_crop", "0.3", "--shuffle_buffer_size", "10", "--ema_decay", "0.9"]
         folder, result = run(tmp_path, name, "--max_steps", "20", "--dataloader_num_workers", "3", *options)
         printed = capsys.readouterr().out
-        assert "80 train, 80 test images, 2 classes" in printed and "a stream is not split" in printed
+        assert "80 train, 80 test images, 2 classes" in printed and "a stream cannot be split" in printed
         assert result["count"] == 80 and result["epoch"] == 4
         weights.append((tmp_path / folder / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
