@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..files import UserError
-from .dataloader import ImageSplit
-from .decoding import BadImage
+from ..files import RunError, UserError
+from .dataloader import READ_BATCH_SIZE, ImageSplit
 from .loading import raise_user_error
+from .reading import BadImage
 
-READ_BATCH_SIZE = 64  # rows read at a time
 ROWS_PER_SHARD = 4096  # there are more than `max_shards` only if each has at least this many rows
 MAX_IDLE_EPOCHS = 3  # a reader may get an empty shard in one of them
 
@@ -141,6 +140,7 @@ class StreamingSplit(ImageSplit):
 
     def evaluation(self, batch_size: int) -> Iterator:
         """As `training`, but every row once, and equally many batches in each process."""
+        batch_size = min(batch_size, self.size)
         batches = self.read_in_workers(functools.partial(self.evaluation_batches, batch_size))
         while self.context.any_process((batch := next(batches, None)) is not None):
             if batch is None:
@@ -191,7 +191,7 @@ class Reader(IterableDataset):
         worker = get_worker_info()
         try:
             yield from self.read(0 if worker is None else worker.id)
-        except (UserError, OSError) as error:
+        except (UserError, RunError, OSError) as error:
             yield error
 
 

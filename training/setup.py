@@ -225,7 +225,7 @@ def build_splits(
         if name == "train" and config.eval_only:
             continue
         split_area = min_area if name == "train" else 0.0
-        decode = Decoder(processor, shape, data.array_shape is not None, split_area, config.seed)
+        decode = Decoder(processor, shape, data.array_shape is not None, split_area, config.seed, data.sources)
         arguments = (data, name, decode, context, config.on_bad_image, config.seed)
         if config.streaming:
             splits[name] = StreamingSplit(*arguments, buffer_size=config.shuffle_buffer_size)
@@ -241,4 +241,4 @@ def default_crop_area(config: TrainConfig, data: ImageData, shape: tuple[int, in
     if config.eval_only or data.array_shape is not None:
         return 0.0
     is_cached = not config.streaming and fits_in_cache(data.sizes["train"], shape)
-    return 0.0 if is_cached and have_equal_sizes(data.splits["train"], data.image_column) else 0.08
+    return 0.0 if is_cached and have_equal_sizes(data) else 0.08
