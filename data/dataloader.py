@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..files import RunError, UserError
-from .decoding import Decoder, open_image
+from .decoding import Decoder, PixelBatch, open_image, raise_bad_image
 from .labels import BadLabel
 from .loading import ImageData
 from .reading import MACHINE_ERRORS, WAITS, BadImage, read_bytes
@@ -44,7 +44,10 @@ def headers(data: ImageData) -> Iterator[PIL.Image.Image]:
     for batch in data.splits["train"].select_columns([data.image_column]).iter(READ_BATCH_SIZE):
         for value in batch[data.image_column]:
             with contextlib.suppress(BadImage):
-                yield open_image(read_bytes(value, data.sources))
+                encoded = read_bytes(value, data.sources)
+                with raise_bad_image():
+                    image = open_image(encoded)
+                yield image
 
 
 def have_equal_sizes(data: ImageData) -> bool:
@@ -125,7 +128,7 @@ class ImageSplit:
         self.bad = {}  # name of a row that was skipped -> reason
 
     def read_row(self, row: int | tuple, name: str, epoch: int, image, label, bad: dict[str, str]) -> tuple:
-        """The pixels and the target of a row; (None, None) and an entry in `bad` if one of them is bad.
+        """The decoded image and the target of a row; (None, None) and an entry in `bad` if one of them is bad.
 
         Raises:
             RunError: the machine failed to read the image several times.
@@ -141,13 +144,19 @@ class ImageSplit:
             reason = str(error) or type(error).__name__
             raise RunError(f"{name} cannot be read, after {len(WAITS) + 1} attempts: {reason}") from error
 
-    def batch(self, images: list, targets: list, bad: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Pixels (B, C, H, W), targets (B,) or (B, K), and `bad`; targets that are None become ignored ones."""
-        labels = self.data.labels.ignored_targets(len(images))
+    def batch(self, images: PixelBatch, targets: list, bad: dict[str, str], size: int = 0) -> tuple:
+        """Pixels (B, C, H, W), targets (B,) or (B, K), and `bad`; targets that are None become ignored ones.
+
+        A smaller batch than `size` is padded with black images.
+        """
+        for _ in range(size - len(targets)):
+            images.append(None)
+            targets.append(None)
+        labels = self.data.labels.ignored_targets(len(targets))
         for slot, target in enumerate(targets):
             if target is not None:
                 labels[slot] = torch.as_tensor(target)
-        return self.decode.stack(images), labels, bad
+        return images.pixels(), labels, bad
 
     def record_bad(self, bad: dict[str, str]):
         """Adds rows to those that were skipped.
@@ -165,7 +174,7 @@ class ImageSplit:
     def samples(self, count: int) -> list[tuple]:
         """Pixels (C, H, W) and target of up to `count` rows without the bad ones."""
         decoded = (self.read_row(row, "", 0, image, label, {}) for row, image, label in self.sample_rows(count))
-        return [(image, target) for image, target in decoded if image is not None]
+        return [(self.decode.stack([image])[0], target) for image, target in decoded if image is not None]
 
     def load(self, num_workers: int, **options) -> Iterator:
         """The batches of a DataLoader whose workers ignore signals."""
@@ -201,16 +210,16 @@ class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
         rows = torch.randperm(self.size, generator=generator)[:count].tolist()
         return ((row, image, label) for row, (image, label) in zip(rows, self.read(rows)))
 
-    def __getitems__(self, key: tuple[int, list[int]]) -> tuple | UserError | RunError:
+    def __getitems__(self, key: tuple[int, list[int]]) -> tuple | Exception:
         """A batch and its bad rows, or an error, whose message torch would bury in the traceback of a worker."""
         try:
             return self.read_batch(*key)
-        except (UserError, RunError) as error:
+        except (UserError, RunError, MemoryError) as error:
             return error
 
     def read_batch(self, epoch: int, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
         replace = self.split == "train" and self.on_bad_image == "skip"
-        images, targets, bad = [], [], {}
+        images, targets, bad = PixelBatch(self.decode), [], {}
         for row, (undecoded, label) in zip(rows, self.read([max(row, 0) for row in rows])):
             image = target = None
             if row >= 0:

@@ -22,6 +22,7 @@ from .reading import BadImage, read_bytes, with_retries
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
 MAX_ASPECT_RATIO = 50  # a longer image is cut to about this many times its short side, if its center is cropped anyway
+MAX_FULL_BYTES = 16 * 2**20  # of the images that a process keeps at their full size; a larger one is kept alone
 
 
 @contextlib.contextmanager
@@ -50,13 +51,8 @@ def raise_bad_image():
 
 
 def open_image(data: bytes) -> PIL.Image.Image:
-    """Opens an encoded image; only its header is read.
-
-    Raises:
-        BadImage: Pillow does not know its format, or it is too large.
-    """
-    with raise_bad_image():
-        return PIL.Image.open(io.BytesIO(data))
+    """Opens an encoded image; only its header is read."""
+    return PIL.Image.open(io.BytesIO(data))
 
 
 def load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -142,17 +138,16 @@ def random_resized_crop(
     return crop_and_resize(pixels, (left * x, upper * y, right * x, lower * y), size)
 
 
-def as_uint8(image: PIL.Image.Image) -> torch.Tensor:
-    """The pixels (C, H, W) of an RGB image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def stack_as_uint8(images: list[PIL.Image.Image]) -> torch.Tensor:
+    """uint8 pixels (B, C, H, W) of images of the same size, which are not resized."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
 class Decoder:
     """Undecoded rows to uint8 pixels: those of the image processor before it scales them, or random crops of that size.
 
     Without random crops the pixels are bit for bit those of a pipeline in this environment, except for images that are
-    transparent, have 16 bits or are longer than `MAX_ASPECT_RATIO`: docs/environments.md. Images are resized one at a
-    time, so that no more than one of them is in memory at its full size.
+    transparent, have 16 bits or are longer than `MAX_ASPECT_RATIO`: docs/environments.md.
 
     Args:
         processor: the checkpoint's image processor.
@@ -178,11 +173,11 @@ class Decoder:
         self.size = shape[:0:-1]
         self.is_identity = False  # whether the processor leaves images of the right size as they are
         if not (arrays or crop_min_area):
-            noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[1:], 3), np.uint8))
-            self.is_identity = torch.equal(self.resize(noise), as_uint8(noise))
+            noise = [PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[1:], 3), np.uint8))]
+            self.is_identity = torch.equal(self.stack(noise), stack_as_uint8(noise))
 
-    def __call__(self, value: dict | np.ndarray | None, epoch: int, row: int | tuple) -> torch.Tensor:
-        """uint8 pixels (C, H, W).
+    def __call__(self, value: dict | np.ndarray | None, epoch: int, row: int | tuple) -> PIL.Image.Image | torch.Tensor:
+        """An RGB image at its full size, which `PixelBatch` resizes, or the pixels (C, H, W) of a random crop or array.
 
         Raises:
             BadImage: the image cannot be used; says why.
@@ -193,15 +188,14 @@ class Decoder:
         data = read_bytes(value, self.sources)
         return with_retries(lambda: self.decode(data, epoch, row))
 
-    def decode(self, source: bytes | np.ndarray, epoch: int, row: int | tuple) -> torch.Tensor:
+    def decode(self, source: bytes | np.ndarray, epoch: int, row: int | tuple) -> PIL.Image.Image | torch.Tensor:
         if self.crop_min_area:
             generator = random.Random(repr((self.seed, "crop", epoch, row)))
             return random_resized_crop(source, self.shape[1:], self.crop_min_area, generator)
         if isinstance(source, np.ndarray):
             return torch.tensor(source)
         with raise_bad_image():
-            image = load_rgb(open_image(source))
-        return self.resize(self.cut_long_image(image))
+            return self.cut_long_image(load_rgb(open_image(source)))
 
     def cut_long_image(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """Cuts a very long image to its middle, the only part that is used, since resizing all of it takes memory."""
@@ -212,13 +206,39 @@ class Decoder:
         left, upper = (max(side - MAX_ASPECT_RATIO * short, 0) // (2 * short) * short for side in image.size)
         return image.crop((left, upper, image.width - left, image.height - upper))
 
-    def resize(self, image: PIL.Image.Image) -> torch.Tensor:
-        """uint8 pixels (C, H, W) of an RGB image, as the processor resizes and crops it."""
-        if self.is_identity and image.size == self.size:
-            return as_uint8(image)
-        return process(self.processor, [image])[0]
+    def stack(self, images: list) -> torch.Tensor:
+        """uint8 pixels (B, C, H, W) of decoded images; None becomes black."""
+        if self.arrays or self.crop_min_area:
+            blank = torch.zeros(self.shape, dtype=torch.uint8)
+            return torch.stack([blank if image is None else image for image in images])
+        images = [PIL.Image.new("RGB", self.size) if image is None else image for image in images]
+        if self.is_identity and all(image.size == self.size for image in images):
+            return stack_as_uint8(images)
+        return process(self.processor, images)
 
-    def stack(self, images: list[torch.Tensor | None]) -> torch.Tensor:
-        """uint8 pixels (B, C, H, W); None becomes black."""
-        blank = torch.zeros(self.shape, dtype=torch.uint8)
-        return torch.stack([blank if image is None else image for image in images])
+
+class PixelBatch:
+    """Collects the decoded images of a batch, and resizes them whenever they take more than `MAX_FULL_BYTES`.
+
+    The processor is faster with many small images than with each alone, and large ones do not fit into memory.
+    """
+
+    def __init__(self, decode: Decoder):
+        self.decode, self.parts = decode, []
+        self.images, self.full_bytes = [], 0
+
+    def append(self, image: PIL.Image.Image | torch.Tensor | None):
+        self.images.append(image)
+        self.full_bytes += 3 * image.width * image.height if isinstance(image, PIL.Image.Image) else 0
+        if self.full_bytes > MAX_FULL_BYTES:
+            self.resize()
+
+    def resize(self):
+        self.parts.append(with_retries(lambda: self.decode.stack(self.images)))
+        self.images, self.full_bytes = [], 0
+
+    def pixels(self) -> torch.Tensor:
+        """uint8 pixels (B, C, H, W) of all images."""
+        if self.images:
+            self.resize()
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
