@@ -6,9 +6,11 @@ import weakref
 import zipfile
 
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Features, Image
 
 from tests.conftest import data_of, images_of, photographs, processor
 from vit_simple.data import decoding, reading
@@ -66,14 +68,14 @@ def test_row_names_files_and_members_of_archives_in_its_dataset(tmp_path, privat
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_private_image_that_a_dataset_names_is_not_shown(tmp_path, private, streaming):
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
     own = io.BytesIO()
     PIL.Image.new("RGB", (9, 9), "blue").save(own, "PNG")
     images = [{"bytes": own.getvalue(), "path": None}, {"bytes": None, "path": str(private)}]
     images.append({"bytes": None, "path": "../private.png"})
-    rows = Dataset.from_dict({"image": images, "label": [0, 1, 0]}, features)
+    rows = pa.table({"image": images, "label": [0, 1, 0]}, features.arrow_schema)  # which names the features
     for split in ("train", "test"):
-        rows.to_parquet(tmp_path / f"dataset/{split}.parquet")
+        pq.write_table(rows, tmp_path / f"dataset/{split}.parquet")
     data = load_image_data(str(tmp_path / "dataset"), validation_fraction=0, streaming=streaming)
     split = images_of(data, "test", processor(8), (8, 8), on_bad_image="skip")
     if streaming:
@@ -88,7 +90,7 @@ def test_private_image_that_a_dataset_names_is_not_shown(tmp_path, private, stre
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo.png")
     for path in ("fifo.png", "."):
-        with pytest.raises(BadImage, match="expected a regular file|not in the dataset"):
+        with pytest.raises(BadImage, match=r"expected a regular file|not in the dataset"):
             read_bytes({"bytes": None, "path": path}, (str(tmp_path),))
     monkeypatch.setattr(reading, "MAX_FILE_BYTES", 10)
     (tmp_path / "large.png").write_bytes(bytes(11))
@@ -126,7 +128,7 @@ def test_error_of_the_machine_is_not_a_bad_image(tmp_path, monkeypatch, where, e
     split.context.num_workers = num_workers
     assert torch.equal(next(split.batches([(0, [0, 1, 2, 3])]))[0], expected) and not split.bad
     failures = 10**9
-    with pytest.raises(RunError, match="^row 2 of the split 'train' .*jpg. cannot be read, after 4 attempts: "):
+    with pytest.raises(RunError, match=r"^row 2 of the split 'train' .*jpg. cannot be read, after 4 attempts: "):
         next(split.batches([(0, [2, 3])]))
     assert not split.bad
 
@@ -151,7 +153,7 @@ def test_dataset_that_is_gone_ends_the_run(tmp_path):
     split = images_of(data_of(photographs(tmp_path / "images"), [0, 1, 0, 1]), "train", processor(16), (16, 16))
     (tmp_path / "images").rename(tmp_path / "away")
     (tmp_path / "images").mkdir()  # as the folder of a disk that is not mounted
-    with pytest.raises(RunError, match="the dataset's folder .*images is gone"):
+    with pytest.raises(RunError, match=r"the dataset's folder .*images is gone"):
         next(split.batches([(0, [0, 1])]))
 
 

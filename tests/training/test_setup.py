@@ -93,7 +93,7 @@ def test_evaluation_crops_the_center_if_training_crops_at_random():
     [
         ({"image_size": 100_000}, "100000x100000 pixels: at least .* GiB of memory are needed, this machine has"),
         ({"crop_padding": 1_000_000}, "--crop_padding 1000000: at least 1,430,"),
-        ({"model": {"num_hidden_layers": 10**9}}, "a model of 1000000000 blocks of width 384"),
+        ({"model": {"num_hidden_layers": 10**9}}, "a model of 1000000000 blocks of width 768"),
     ],
 )
 def test_model_and_batch_that_cannot_fit_into_memory_are_refused(options, message):
