@@ -12,18 +12,20 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import PIL.Image
 import pyarrow as pa
 import torch
-from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .decoding import BadImage, Decoder, open_image, raise_bad_image
+from ..files import RunError, UserError
+from .decoding import Decoder, PixelBatch, open_image, raise_bad_image
 from .labels import BadLabel
 from .loading import ImageData
+from .reading import MACHINE_ERRORS, WAITS, BadImage, read_bytes
 
 MAX_CACHE_BYTES = 4 * 2**30
-HEADER_BATCH_SIZE = 256  # images whose headers are read at a time
+READ_BATCH_SIZE = 16  # rows whose encoded images are in memory at a time
 BIT_DEPTH_ROWS = 64  # images whose headers tell whether a dataset has 16 bits
 
 
@@ -37,28 +39,29 @@ def fits_in_cache(count: int, shape: tuple[int, int, int]) -> bool:
     return count * math.prod(shape) <= MAX_CACHE_BYTES
 
 
-def have_equal_sizes(rows: Dataset, column: str) -> bool:
-    """Whether all images have the same size; reads only their headers. Bad images are ignored."""
-    first = None
-    for batch in rows.select_columns([column]).iter(HEADER_BATCH_SIZE):
-        for value in batch[column]:
-            with contextlib.suppress(BadImage), raise_bad_image():
-                size = open_image(value).size
-                first = first or size
-                if size != first:
-                    return False
-    return True
+def headers(data: ImageData) -> Iterator[PIL.Image.Image]:
+    """The training images, of which only the headers are decoded, without the bad ones."""
+    for batch in data.splits["train"].select_columns([data.image_column]).iter(READ_BATCH_SIZE):
+        for value in batch[data.image_column]:
+            with contextlib.suppress(BadImage):
+                encoded = read_bytes(value, data.sources)
+                with raise_bad_image():
+                    image = open_image(encoded)
+                yield image
+
+
+def have_equal_sizes(data: ImageData) -> bool:
+    """Whether all training images have the same size. Bad images are ignored."""
+    sizes = (image.size for image in headers(data))
+    first = next(sizes, None)
+    return all(size == first for size in sizes)
 
 
 def has_16_bit_images(data: ImageData) -> bool:
-    """Whether one of the first training images is gray with 16 bits; reads their headers."""
+    """Whether one of the first training images is gray with 16 bits."""
     if data.array_shape is not None:
         return False
-    for value in next(iter(data.splits["train"].iter(BIT_DEPTH_ROWS)))[data.image_column]:
-        with contextlib.suppress(BadImage), raise_bad_image():
-            if open_image(value).mode.startswith("I"):
-                return True
-    return False
+    return any(image.mode.startswith("I") for image in itertools.islice(headers(data), BIT_DEPTH_ROWS))
 
 
 def column_values(table: pa.Table, column: str) -> list:
@@ -125,21 +128,35 @@ class ImageSplit:
         self.bad = {}  # name of a row that was skipped -> reason
 
     def read_row(self, row: int | tuple, name: str, epoch: int, image, label, bad: dict[str, str]) -> tuple:
-        """The decoded image and the target of a row; (None, None) and an entry in `bad` if one of them is bad."""
+        """The decoded image and the target of a row; (None, None) and an entry in `bad` if one of them is bad.
+
+        Raises:
+            RunError: the machine failed to read the image several times.
+        """
+        path = f" ({image['path']})" if isinstance(image, dict) and image["path"] else ""
+        name = f"{name} of the split {self.split!r}{path}"
         try:
             return self.decode(image, epoch, row), self.data.labels.target(label)
         except (BadImage, BadLabel) as error:
-            path = f" ({image['path']})" if isinstance(image, dict) and image["path"] else ""
-            bad[f"{name} of the split {self.split!r}{path}"] = str(error)
+            bad[name] = str(error)
             return None, None
+        except MACHINE_ERRORS as error:
+            reason = str(error) or type(error).__name__
+            raise RunError(f"{name} cannot be read, after {len(WAITS) + 1} attempts: {reason}") from error
 
-    def batch(self, images: list, targets: list, bad: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Pixels (B, C, H, W), targets (B,) or (B, K), and `bad`; targets that are None become ignored ones."""
-        labels = self.data.labels.ignored_targets(len(images))
+    def batch(self, images: PixelBatch, targets: list, bad: dict[str, str], size: int = 0) -> tuple:
+        """Pixels (B, C, H, W), targets (B,) or (B, K), and `bad`; targets that are None become ignored ones.
+
+        A smaller batch than `size` is padded with black images.
+        """
+        for _ in range(size - len(targets)):
+            images.append(None)
+            targets.append(None)
+        labels = self.data.labels.ignored_targets(len(targets))
         for slot, target in enumerate(targets):
             if target is not None:
                 labels[slot] = torch.as_tensor(target)
-        return self.decode.stack(images), labels, bad
+        return images.pixels(), labels, bad
 
     def record_bad(self, bad: dict[str, str]):
         """Adds rows to those that were skipped.
@@ -155,9 +172,9 @@ class ImageSplit:
             raise BadImage(f"every row of the split {self.split!r} is bad: it has no image that can be used")
 
     def samples(self, count: int) -> list[tuple]:
-        """Decoded image, for `decode.stack`, and target of up to `count` rows without the bad ones."""
+        """Pixels (C, H, W) and target of up to `count` rows without the bad ones."""
         decoded = (self.read_row(row, "", 0, image, label, {}) for row, image, label in self.sample_rows(count))
-        return [(image, target) for image, target in decoded if image is not None]
+        return [(self.decode.stack([image])[0], target) for image, target in decoded if image is not None]
 
     def load(self, num_workers: int, **options) -> Iterator:
         """The batches of a DataLoader whose workers ignore signals."""
@@ -182,8 +199,10 @@ class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
 
     def read(self, rows: list[int]) -> Iterator[tuple]:
         """The undecoded image and the label of each row."""
-        table = self.rows.with_format("arrow")[rows]
-        return zip(column_values(table, self.data.image_column), column_values(table, self.data.labels.column))
+        arrow = self.rows.with_format("arrow")
+        for start in range(0, len(rows), READ_BATCH_SIZE):
+            table = arrow[rows[start : start + READ_BATCH_SIZE]]
+            yield from zip(column_values(table, self.data.image_column), column_values(table, self.data.labels.column))
 
     def sample_rows(self, count: int) -> Iterator[tuple]:
         """Number, undecoded image and label of random rows, drawn by seed."""
@@ -191,10 +210,16 @@ class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
         rows = torch.randperm(self.size, generator=generator)[:count].tolist()
         return ((row, image, label) for row, (image, label) in zip(rows, self.read(rows)))
 
-    def __getitems__(self, key: tuple[int, list[int]]) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
-        epoch, rows = key
+    def __getitems__(self, key: tuple[int, list[int]]) -> tuple | Exception:
+        """A batch and its bad rows, or an error, whose message torch would bury in the traceback of a worker."""
+        try:
+            return self.read_batch(*key)
+        except (UserError, RunError, MemoryError) as error:
+            return error
+
+    def read_batch(self, epoch: int, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
         replace = self.split == "train" and self.on_bad_image == "skip"
-        images, targets, bad = [], [], {}
+        images, targets, bad = PixelBatch(self.decode), [], {}
         for row, (undecoded, label) in zip(rows, self.read([max(row, 0) for row in rows])):
             image = target = None
             if row >= 0:
@@ -208,7 +233,10 @@ class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
         return self.batch(images, targets, bad)
 
     def decoded(self, keys: Iterable, num_workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pixels, targets, bad in self.load(num_workers, dataset=self, batch_sampler=keys):
+        for batch in self.load(num_workers, dataset=self, batch_sampler=keys):
+            if isinstance(batch, Exception):
+                raise batch
+            pixels, targets, bad = batch
             self.record_bad(bad)
             yield pixels, targets
 
@@ -244,7 +272,8 @@ class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
         return self.batches(keys)
 
     def evaluation(self, batch_size: int) -> Iterator:
-        """`batches` of every row once, equally many in each process."""
+        """`batches` of every row once, equally many in each process, and no larger than the split."""
+        batch_size = min(batch_size, math.ceil(self.size / self.context.world_size))
         return self.batches(evaluation_keys(self.size, batch_size, self.context.rank, self.context.world_size))
 
 

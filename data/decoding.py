@@ -1,6 +1,6 @@
-"""From a row of a data set to `uint8` pixels: decoding, turning, conversion to RGB, cropping.
+"""From a row of a dataset to `uint8` pixels: decoding, EXIF rotation, conversion to RGB, cropping and resizing.
 
-`C` channels, `H W` pixels. Every random crop is a function of a seed, the epoch and the row.
+`C` channels, `H W` pixels. Every random crop is a function of the seed, the epoch and the row.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import math
 import random
 import warnings
 
-import fsspec
 import kornia_rs
 import numpy as np
 import PIL.Image
@@ -18,20 +17,19 @@ import torch
 import torch.nn.functional as F
 from transformers import BaseImageProcessor
 
-from ..files import UserError
 from .processors import process
+from .reading import BadImage, read_bytes, with_retries
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
-MAX_ASPECT_RATIO = 50  # times its short side: what is kept, nearly, of a longer image that is cropped to its middle
-
-
-class BadImage(UserError):
-    """A row whose image cannot be decoded, or is too large to be decoded."""
+MAX_ASPECT_RATIO = 50  # a longer image is cut to about this many times its short side, if its center is cropped anyway
+MAX_FULL_BYTES = 16 * 2**20  # of the images that a process keeps at their full size; a larger one is kept alone
 
 
 @contextlib.contextmanager
 def raise_bad_image():
-    """Within it, whatever Pillow has against an image is a BadImage; a decompression bomb, too, of which it only warns.
+    """Turns every error that Pillow raises because of an image's bytes into BadImage, and its warning of a bomb, too.
+
+    Errors of the machine pass through: a lack of memory, and what the operating system reports, which has an `errno`.
 
     Raises:
         BadImage: says why.
@@ -44,33 +42,27 @@ def raise_bad_image():
         raise BadImage(f"more than {PIL.Image.MAX_IMAGE_PIXELS} pixels") from error
     except PIL.UnidentifiedImageError as error:
         raise BadImage("not an image that Pillow knows") from error
-    except BadImage:
+    except (BadImage, MemoryError):
         raise
-    except Exception as error:  # every format has errors of its own
+    except Exception as error:  # each image format has its own errors
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def open_image(value: dict | None) -> PIL.Image.Image:
-    """The image of an undecoded row, its header read and no more."""
-    if value is None:
-        raise BadImage("there is none")
-    data = value["bytes"]
-    if data is None:
-        with fsspec.open(value["path"], "rb") as file:  # on this machine or on the Hub, in an archive or not
-            data = file.read()
-    if not data:
-        raise BadImage("empty")
+def open_image(data: bytes) -> PIL.Image.Image:
+    """Opens an encoded image; only its header is read."""
     return PIL.Image.open(io.BytesIO(data))
 
 
 def load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Decodes an opened image, turns it as its EXIF orientation says and makes it RGB.
+    """Decodes an opened image, rotates it by its EXIF orientation and converts it to RGB.
 
-    The first frame of an animation; what is transparent, in part, too, lies on white; 16 bits become the upper 8 of
-    them. Pipelines do the same but for the last two: they drop transparency and clip 16 bits at 255.
+    Of an animation, the first frame is decoded. Transparent images are drawn on white, and of 16 bits the upper 8 are
+    kept. Pipelines differ in the last two: they drop transparency and clip 16 bits at 255.
 
     Raises:
-        BadImage: pixels of 32 bits whose range is not surely that of 16 bits.
+        BadImage: floating-point pixels, or 32-bit ones whose values may not be 16-bit ones.
     """
     PIL.ImageOps.exif_transpose(image, in_place=True)
     image.load()
@@ -78,12 +70,12 @@ def load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":
         pixels = np.asarray(image)
-        least, most = pixels.min(), pixels.max()
-        if least < 0 or most >= 2**16 or (image.mode == "I" and 0 < most < 2**8):
-            raise BadImage(f"expected pixels of 8 or 16 bits, got 32 bits with values from {least} to {most}")
+        lowest, highest = pixels.min(), pixels.max()
+        if lowest < 0 or highest >= 2**16 or (image.mode == "I" and 0 < highest < 2**8):
+            raise BadImage(f"expected pixels of 8 or 16 bits, got 32 bits with values from {lowest} to {highest}")
         image = PIL.Image.fromarray((pixels >> 8).astype(np.uint8))
     if image.mode == "F":
-        raise BadImage("expected integer pixels, got floating-point ones, whose range is not known")
+        raise BadImage("expected integer pixels, got floating-point ones of unknown range")
     if image.has_transparency_data:
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
@@ -91,9 +83,9 @@ def load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def sample_crop_box(width: int, height: int, min_area: float, generator: random.Random) -> tuple[float, ...]:
-    """A box (left, upper, right, lower) of at least `min_area` of the image, its sides 3:4 to 4:3.
+    """A random box (left, upper, right, lower): at least the fraction `min_area` of the image, with sides 3:4 to 4:3.
 
-    Szegedy et al., 2014, arXiv:1409.4842, section 6. Where none fits in ten draws: the largest in the middle.
+    Szegedy et al., 2014, arXiv:1409.4842, section 6. If none of ten boxes fits, the largest one in the center.
     """
     for _ in range(10):
         area = generator.uniform(min_area, 1) * width * height
@@ -107,7 +99,7 @@ def sample_crop_box(width: int, height: int, min_area: float, generator: random.
 
 
 def crop_and_resize(pixels: np.ndarray, box: tuple[float, ...], size: tuple[int, int]) -> torch.Tensor:
-    """A box of uint8 (H, W, C) pixels, resized, bilinear with antialiasing, to (C, height, width)."""
+    """Crops uint8 pixels (H, W, C) to a box and resizes it to (C, height, width), bilinear with antialiasing."""
     left, upper = int(box[0]), int(box[1])
     right, lower = max(left + 1, round(box[2])), max(upper + 1, round(box[3]))
     part = torch.from_numpy(pixels[upper:lower, left:right].copy()).permute(2, 0, 1)
@@ -115,51 +107,55 @@ def crop_and_resize(pixels: np.ndarray, box: tuple[float, ...], size: tuple[int,
 
 
 def random_resized_crop(
-    value: dict | np.ndarray | None, size: tuple[int, int], min_area: float, generator: random.Random
+    source: bytes | np.ndarray, size: tuple[int, int], min_area: float, generator: random.Random
 ) -> torch.Tensor:
-    """Decodes an undecoded row, or takes an array (C, H, W), crops it and resizes it to uint8 (C, height, width).
+    """Decodes an encoded image, or takes an array (C, H, W), and crops and resizes it to uint8 (C, height, width).
 
-    JPEG is decoded at a half to an eighth of its size where that is enough, and otherwise, if it needs no turning, with
-    libjpeg-turbo directly: the pixels are Pillow's, the copies are saved. Resizing is torch's, faster than Pillow's.
+    JPEG is decoded at 1/2 to 1/8 of its size where the crop allows it. At full size and without rotation, libjpeg-turbo
+    decodes it directly: the pixels are the same as Pillow's, with fewer copies. torch resizes faster than Pillow.
+
+    Raises:
+        BadImage: it cannot be decoded.
     """
-    if isinstance(value, np.ndarray):
-        return crop_and_resize(
-            value.transpose(1, 2, 0), sample_crop_box(*value.shape[:0:-1], min_area, generator), size
-        )
-    image = open_image(value)
-    orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
-    turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # whose size Pillow turns itself
-    width, height = image.size[::-1] if turned else image.size
-    left, upper, right, lower = sample_crop_box(width, height, min_area, generator)
-    needed = max(size[1] / (right - left), size[0] / (lower - upper))
-    pixels = None
-    if image.format == "JPEG" and orientation == 1 and needed > 0.5:
-        with contextlib.suppress(Exception):  # CMYK, and what is broken: Pillow decodes it or says why not
-            pixels = JPEG_DECODER.decode(image.fp.getvalue())
-    if pixels is None:
-        image.draft("RGB", tuple(math.ceil(side * needed) for side in image.size))
-        pixels = np.array(load_rgb(image))
+    if isinstance(source, np.ndarray):
+        height, width = source.shape[1:]
+        return crop_and_resize(source.transpose(1, 2, 0), sample_crop_box(width, height, min_area, generator), size)
+    with raise_bad_image():
+        image = open_image(source)
+        orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
+        is_sideways = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow swaps the sides of a TIFF itself
+        width, height = image.size[::-1] if is_sideways else image.size
+        left, upper, right, lower = sample_crop_box(width, height, min_area, generator)
+        scale = max(size[1] / (right - left), size[0] / (lower - upper))
+        pixels = None
+        if image.format == "JPEG" and orientation == 1 and scale > 0.5:
+            with contextlib.suppress(Exception):  # CMYK or damaged: Pillow decodes it or says what is wrong
+                pixels = JPEG_DECODER.decode(source)
+        if pixels is None:
+            image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+            pixels = np.array(load_rgb(image))
     x, y = pixels.shape[1] / width, pixels.shape[0] / height
     return crop_and_resize(pixels, (left * x, upper * y, right * x, lower * y), size)
 
 
 def stack_as_uint8(images: list[PIL.Image.Image]) -> torch.Tensor:
-    """uint8 (B, C, H, W) of images of one size, as they are."""
+    """uint8 pixels (B, C, H, W) of images of the same size, which are not resized."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
 class Decoder:
-    """Undecoded rows to uint8 pixels: what the processor does before it scales them, or random crops of the same size.
+    """Undecoded rows to uint8 pixels: those of the image processor before it scales them, or random crops of that size.
 
-    Without random crops the pixels are bit for bit those of a pipeline in this environment, but for transparency,
-    16 bits and images longer than `MAX_ASPECT_RATIO`: docs/environments.md.
+    Without random crops the pixels are bit for bit those of a pipeline in this environment, except for images that are
+    transparent, have 16 bits or are longer than `MAX_ASPECT_RATIO`: docs/environments.md.
 
     Args:
         processor: the checkpoint's image processor.
         shape: (C, H, W) of the pixels.
-        arrays: whether the rows hold arrays (C, H, W), or (H, W) of one channel, in the place of images.
-        crop_min_area: the smallest part of an image that a random crop keeps; 0: no random crop.
-        seed: decides the crops.
+        arrays: whether the rows hold arrays (C, H, W), or (H, W) of one channel, instead of images.
+        crop_min_area: the smallest fraction of an image that a random crop keeps; 0: no random crop.
+        seed: determines the crops.
+        sources: where rows may name files, see `dataset_sources`.
     """
 
     def __init__(
@@ -169,47 +165,80 @@ class Decoder:
         arrays: bool = False,
         crop_min_area: float = 0.0,
         seed: int = 0,
+        sources: tuple[str, ...] = (),
     ):
         self.processor, self.shape, self.arrays = processor, shape, arrays
-        self.crop_min_area, self.seed = crop_min_area, seed
-        # Resizing the short side would blow up an image that is all length; the middle is all that is used of it.
+        self.crop_min_area, self.seed, self.sources = crop_min_area, seed, sources
         self.crops_center = getattr(processor, "do_center_crop", False)
         self.size = shape[:0:-1]
-        self.is_identity = False  # of images that have the size already
+        self.is_identity = False  # whether the processor leaves images of the right size as they are
         if not (arrays or crop_min_area):
-            noise = np.random.default_rng(0).integers(0, 256, (*shape[1:], 3), np.uint8)
-            noise = [PIL.Image.fromarray(noise)]
+            noise = [PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[1:], 3), np.uint8))]
             self.is_identity = torch.equal(self.stack(noise), stack_as_uint8(noise))
 
-    def __call__(
-        self, value: dict | np.ndarray | list | None, epoch: int, row: int | tuple
-    ) -> PIL.Image.Image | torch.Tensor:
-        """Raises BadImage, which says why it cannot be used."""
-        with raise_bad_image():
-            if self.arrays:
-                if value is None:
-                    raise BadImage("there is none")
-                value = value.reshape(-1, *value.shape[-2:])  # (H, W) -> (1, H, W)
-            if self.crop_min_area:
-                generator = random.Random(repr((self.seed, "crop", epoch, row)))
-                return random_resized_crop(value, self.shape[1:], self.crop_min_area, generator)
-            if self.arrays:
-                return torch.tensor(value)
-            image = load_rgb(open_image(value))
-            short = min(image.size)
-            if self.crops_center and max(image.size) > MAX_ASPECT_RATIO * short:
-                # Both ends lose as much, a multiple of the short side, so that the resized middle stays where it is.
-                left, upper = (max(side - MAX_ASPECT_RATIO * short, 0) // (2 * short) * short for side in image.size)
-                image = image.crop((left, upper, image.width - left, image.height - upper))
-            return image
+    def __call__(self, value: dict | np.ndarray | None, epoch: int, row: int | tuple) -> PIL.Image.Image | torch.Tensor:
+        """An RGB image at its full size, which `PixelBatch` resizes, or the pixels (C, H, W) of a random crop or array.
 
-    def stack(self, images: list[PIL.Image.Image | torch.Tensor | None]) -> torch.Tensor:
-        """uint8 (B, C, H, W); None is black."""
+        Raises:
+            BadImage: the image cannot be used; says why.
+            OSError, MemoryError, an error of the HTTP library: the machine failed several times.
+        """
+        if isinstance(value, np.ndarray):
+            return self.decode(value.reshape(-1, *value.shape[-2:]), epoch, row)  # (H, W) -> (1, H, W)
+        data = read_bytes(value, self.sources)
+        return with_retries(lambda: self.decode(data, epoch, row))
+
+    def decode(self, source: bytes | np.ndarray, epoch: int, row: int | tuple) -> PIL.Image.Image | torch.Tensor:
+        if self.crop_min_area:
+            generator = random.Random(repr((self.seed, "crop", epoch, row)))
+            return random_resized_crop(source, self.shape[1:], self.crop_min_area, generator)
+        if isinstance(source, np.ndarray):
+            return torch.tensor(source)
+        with raise_bad_image():
+            return self.cut_long_image(load_rgb(open_image(source)))
+
+    def cut_long_image(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """Cuts a very long image to its middle, the only part that is used, since resizing all of it takes memory."""
+        short = min(image.size)
+        if not self.crops_center or max(image.size) <= MAX_ASPECT_RATIO * short:
+            return image
+        # Both ends lose the same multiple of the short side, so that the resized middle stays where it is.
+        left, upper = (max(side - MAX_ASPECT_RATIO * short, 0) // (2 * short) * short for side in image.size)
+        return image.crop((left, upper, image.width - left, image.height - upper))
+
+    def stack(self, images: list) -> torch.Tensor:
+        """uint8 pixels (B, C, H, W) of decoded images; None becomes black."""
         if self.arrays or self.crop_min_area:
             blank = torch.zeros(self.shape, dtype=torch.uint8)
             return torch.stack([blank if image is None else image for image in images])
-        blank = PIL.Image.new("RGB", self.size)
-        images = [blank if image is None else image for image in images]
+        images = [PIL.Image.new("RGB", self.size) if image is None else image for image in images]
         if self.is_identity and all(image.size == self.size for image in images):
             return stack_as_uint8(images)
         return process(self.processor, images)
+
+
+class PixelBatch:
+    """Collects the decoded images of a batch, and resizes them whenever they take more than `MAX_FULL_BYTES`.
+
+    The processor is faster with many small images than with each alone, and large ones do not fit into memory.
+    """
+
+    def __init__(self, decode: Decoder):
+        self.decode, self.parts = decode, []
+        self.images, self.full_bytes = [], 0
+
+    def append(self, image: PIL.Image.Image | torch.Tensor | None):
+        self.images.append(image)
+        self.full_bytes += 3 * image.width * image.height if isinstance(image, PIL.Image.Image) else 0
+        if self.full_bytes > MAX_FULL_BYTES:
+            self.resize()
+
+    def resize(self):
+        self.parts.append(with_retries(lambda: self.decode.stack(self.images)))
+        self.images, self.full_bytes = [], 0
+
+    def pixels(self) -> torch.Tensor:
+        """uint8 pixels (B, C, H, W) of all images."""
+        if self.images:
+            self.resize()
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)

@@ -34,6 +34,7 @@ from .labels import (
     count_labels,
     find_label_column,
 )
+from .reading import dataset_sources
 from .splitting import split_rows, subsample
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # file name extension -> builder
@@ -63,6 +64,7 @@ class ImageData:
         labels: the meaning of the other column.
         sizes: the number of rows of each split.
         array_shape: (C, H, W) of the arrays; None for images.
+        sources: where rows may name image files, see `dataset_sources`.
     """
 
     splits: dict[str, Dataset | IterableDataset]
@@ -70,6 +72,7 @@ class ImageData:
     labels: Labels
     sizes: dict[str, int]
     array_shape: tuple[int, int, int] | None = None
+    sources: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -111,11 +114,12 @@ def load_image_data(
     label_column = find_label_column(features, label_column)
     splits, shape = select_columns(splits, image_column, label_column)
     kind = column_kind(features[label_column])
+    sources = dataset_sources(name, local_path(name))
     if streaming:
         label_streams = stream_label_column(name, config_name, revision, label_column)
         count_all = count_classes or kind not in ("class", "classes")
         labels, sizes = check_stream(splits, label_streams, label_column, count_all, on_main_process)
-        return ImageData(splits, image_column, labels, sizes, shape)
+        return ImageData(splits, image_column, labels, sizes, shape, sources)
 
     values = {split: rows[label_column][:] for split, rows in splits.items()}
     counts = {split: count_labels(labels, kind) for split, labels in values.items()}
@@ -127,7 +131,8 @@ def load_image_data(
     for split, rows in splits.items():
         splits[split] = subsample(rows, max_train_samples if split == "train" else max_eval_samples, seed)
     labels.fit(count_labels(splits["train"][label_column][:], kind))
-    return ImageData(splits, image_column, labels, {split: len(rows) for split, rows in splits.items()}, shape)
+    sizes = {split: len(rows) for split, rows in splits.items()}
+    return ImageData(splits, image_column, labels, sizes, shape, sources)
 
 
 # Loading

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..files import UserError
-from .dataloader import ImageSplit
-from .decoding import BadImage
+from ..files import RunError, UserError
+from .dataloader import READ_BATCH_SIZE, ImageSplit
+from .decoding import PixelBatch
 from .loading import raise_user_error
+from .reading import BadImage
 
-READ_BATCH_SIZE = 64  # rows read at a time
 ROWS_PER_SHARD = 4096  # there are more than `max_shards` only if each has at least this many rows
 MAX_IDLE_EPOCHS = 3  # a reader may get an empty shard in one of them
 
@@ -97,7 +97,7 @@ class StreamingSplit(ImageSplit):
         """
         reader = (worker + first_batch) % self.num_readers
         first_epoch, num_read = self.positions.get(reader, (0, 0))
-        images, targets, bad, idle_epochs = [], [], {}, 0
+        images, targets, bad, idle_epochs = PixelBatch(self.decode), [], {}, 0
         for epoch in itertools.count(first_epoch):
             idle_epochs += 1
             rows = enumerate(self.read_epoch(reader, epoch), 1)
@@ -108,9 +108,9 @@ class StreamingSplit(ImageSplit):
                     images.append(image)
                     targets.append(target)
                     idle_epochs = 0
-                if len(images) == batch_size or (bad and self.on_bad_image == "error"):
+                if len(targets) == batch_size or (bad and self.on_bad_image == "error"):
                     yield *self.batch(images, targets, bad), reader, (epoch, position)
-                    images, targets, bad = [], [], {}
+                    images, targets, bad = PixelBatch(self.decode), [], {}
             num_read = 0
             if idle_epochs == MAX_IDLE_EPOCHS:
                 raise BadImage(
@@ -133,18 +133,21 @@ class StreamingSplit(ImageSplit):
         """
         rows = self.undecoded(worker, self.shards)
         while chunk := list(itertools.islice(rows, batch_size)):
-            images, targets, bad = [None] * batch_size, [None] * batch_size, {}
-            for slot, ((shard, row), undecoded, label) in enumerate(chunk):
+            images, targets, bad = PixelBatch(self.decode), [], {}
+            for (shard, row), undecoded, label in chunk:
                 name = f"row {row} of shard {shard}"
-                images[slot], targets[slot] = self.read_row((shard, row), name, 0, undecoded, label, bad)
-            yield self.batch(images, targets, bad)
+                image, target = self.read_row((shard, row), name, 0, undecoded, label, bad)
+                images.append(image)
+                targets.append(target)
+            yield self.batch(images, targets, bad, batch_size)
 
     def evaluation(self, batch_size: int) -> Iterator:
         """As `training`, but every row once, and equally many batches in each process."""
+        batch_size = min(batch_size, self.size)
         batches = self.read_in_workers(functools.partial(self.evaluation_batches, batch_size))
         while self.context.any_process((batch := next(batches, None)) is not None):
             if batch is None:
-                batch = self.batch([None] * batch_size, [None] * batch_size, {})
+                batch = self.batch(PixelBatch(self.decode), [], {}, batch_size)
             pixels, targets, bad = batch
             self.record_bad(bad)
             yield self.to_device(pixels, targets)
@@ -191,7 +194,7 @@ class Reader(IterableDataset):
         worker = get_worker_info()
         try:
             yield from self.read(0 if worker is None else worker.id)
-        except (UserError, OSError) as error:
+        except (UserError, RunError, OSError, MemoryError) as error:
             yield error
 
 

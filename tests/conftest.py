@@ -104,11 +104,13 @@ def classes(*names: str) -> Labels:
 def data_of(files: list[str | None], labels: list[int]) -> ImageData:
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
     rows = Dataset.from_dict({"image": files, "label": labels}, features)
-    return ImageData({"train": rows, "test": rows}, "image", classes("a", "b"), {"train": len(rows), "test": len(rows)})
+    sizes, folder = {"train": len(rows), "test": len(rows)}, os.path.dirname(files[0] or "/")
+    sources = (os.path.realpath(folder),)
+    return ImageData({"train": rows, "test": rows}, "image", classes("a", "b"), sizes, sources=sources)
 
 
 def images_of(data: ImageData, split: str, processor, size, area=0.0, on_bad_image="error", seed=0) -> MapStyleSplit:
-    decode = Decoder(processor, (data.channels, *size), data.array_shape is not None, area, seed)
+    decode = Decoder(processor, (data.channels, *size), data.array_shape is not None, area, seed, data.sources)
     return MapStyleSplit(data, split, decode, LoaderContext(torch.device("cpu")), on_bad_image, seed)
 
 

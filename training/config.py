@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,8 @@ from .optim import SCHEDULES
 
 COUNT = "[1, inf)"
 AMOUNT = "[0, inf)"
+MAX_YAML_DEPTH = 10
+MISREAD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+)")  # numbers in base 8 or 60
 
 
 def option(group: str, default, allowed: str | tuple | None, help: str):
@@ -242,11 +245,33 @@ def convert(name: str, value):
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if kind is dict:
-            return dict(yaml.safe_load(value) if isinstance(value, str) else value)
+            return dict(parse_yaml(value, f"--{name}") if isinstance(value, str) else value)
         return kind(str(value))
+    except UserError:
+        raise
     except (KeyError, ValueError, TypeError, yaml.YAMLError):
         expected = {bool: "true or false", int: "an integer", float: "a number", dict: "a YAML mapping"}[kind]
         raise UserError(f"--{name}: expected {expected}, got {value!r}") from None
+
+
+def parse_yaml(text: str, source: str):
+    """The content of YAML in the few forms that options need. What YAML reads as another number is refused.
+
+    Raises:
+        UserError: it has an alias, which can stand for any amount of text, is nested deeply, or has a number such as
+            010 (8, in base 8) or 3:44 (224, in base 60).
+        yaml.YAMLError: it is not YAML.
+    """
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{source}: expected YAML without aliases, got *{event.anchor}")
+        if depth > MAX_YAML_DEPTH:
+            raise UserError(f"{source}: expected YAML that is nested at most {MAX_YAML_DEPTH} deep")
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and MISREAD_NUMBER.fullmatch(event.value):
+            raise UserError(f"{source}: expected a decimal number without leading zeros, or quotes, got {event.value}")
+    return yaml.safe_load(text)
 
 
 def unknown(name: str, source: str, known) -> UserError:
@@ -301,8 +326,8 @@ def parse_config(arguments: list[str], description: str = "") -> TrainConfig:
 def read_recipe(path: Path) -> dict:
     """Raises UserError if the recipe is not a YAML mapping of options."""
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        recipe = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"recipe: {path} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"recipe: expected a mapping of options in {path}, got {type(recipe).__name__}")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
@@ -12,6 +13,18 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from ..data.dataloader import LoaderContext
 from ..files import UserError
 from .config import TrainConfig
+
+WORKER_BYTES = 100 * 2**20  # that a worker process takes at least, beside what it shares with the others
+
+
+def require_memory(needed: int, options: str):
+    """Raises UserError if the machine does not have the memory that options need at least."""
+    total = psutil.virtual_memory().total
+    if needed > total:
+        raise UserError(
+            f"{options}: at least {needed / 2**30:,.0f} GiB of memory are needed, this machine has "
+            f"{total / 2**30:,.0f} GiB"
+        )
 
 
 def mixed_precision_of(config: TrainConfig) -> str:
@@ -66,11 +79,15 @@ def build_loader_context(config: TrainConfig, accelerator: Accelerator) -> Loade
 
     By default, one worker per core fills the cache before training. During training there is one per core on a GPU and
     none on a CPU (one when streaming).
+
+    Raises:
+        UserError: the workers do not fit into memory.
     """
     workers = cache_workers = config.dataloader_num_workers
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         cache_workers = min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16)
         workers = int(config.streaming) if accelerator.device.type == "cpu" else cache_workers
+    require_memory(cache_workers * WORKER_BYTES, f"--dataloader_num_workers {cache_workers}")
     rank, world_size = accelerator.process_index, accelerator.num_processes
     return LoaderContext(accelerator.device, workers, rank, world_size, cache_workers)

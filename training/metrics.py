@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from ..data.decoding import BadImage
 from ..data.labels import MULTI, REGRESSION, SINGLE, Labels
+from ..data.reading import BadImage
 
 LARGEST_CONFUSION = 1000  # classes
 MANY_CLASSES = 30  # a table of more classes shows the ten lowest

@@ -59,7 +59,7 @@ def predict_samples(
     samples = split.samples(SAMPLES) if split.data.channels in (1, 3) else []
     if not samples:
         return None
-    pixels, targets = split.decode.stack([image for image, _ in samples]), [target for _, target in samples]
+    pixels, targets = torch.stack([image for image, _ in samples]), [target for _, target in samples]
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # no compilation for one batch
         logits = model(augment.normalize(pixels.to(augment.mean.device))).logits.float().cpu()

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, label_maps
+from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, label_maps, pair
 from ..data.dataloader import MapStyleSplit, fits_in_cache, have_equal_sizes, seed_for
 from ..data.decoding import Decoder
 from ..data.labels import REGRESSION, SINGLE, Labels
@@ -21,7 +21,7 @@ from ..data.streaming import StreamingSplit
 from ..files import UserError
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .config import TrainConfig, unknown
-from .devices import build_loader_context, on_main_process
+from .devices import build_loader_context, on_main_process, require_memory
 
 
 def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
@@ -105,9 +105,12 @@ def build_model(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSi
     """
     torch.manual_seed(seed_for(config.seed, "weights"))
     if config.model_name_or_path is None:
-        model = ViTSimpleForImageClassification(build_model_config(config, labels, channels))
+        model_config = build_model_config(config, labels, channels)
+        require_model_and_batch(config, model_config)
+        model = ViTSimpleForImageClassification(model_config)
     else:
         model = load_model(config)
+        require_model_and_batch(config, model.config)
         if model.config.num_channels != channels:
             raise UserError(
                 f"--model_name_or_path: expected a checkpoint for {channels} channels, "
@@ -122,6 +125,23 @@ def build_model(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSi
     if config.torch_compile:
         model.compile()
     return model
+
+
+def require_model_and_batch(config: TrainConfig, model_config: ViTSimpleConfig):
+    """Raises UserError if the largest matrices of the model, and a batch of pixels with its padding, need more memory.
+
+    It is a lower bound: training needs several times as much.
+    """
+    (height, width), (patch_height, patch_width) = pair(model_config.image_size), pair(model_config.patch_size)
+    hidden, depth = model_config.hidden_size, model_config.num_hidden_layers
+    positions = height // patch_height * (width // patch_width) * hidden
+    blocks = depth * hidden * (4 * hidden + 2 * model_config.intermediate_size)
+    require_memory(4 * (positions + blocks), f"a model of {depth} blocks of width {hidden} at {height}x{width} pixels")
+    count, padding = config.per_device_train_batch_size, config.crop_padding
+    require_memory(
+        count * model_config.num_channels * (height + 2 * padding) * (width + 2 * padding),
+        f"--per_device_train_batch_size {count} with images of {height}x{width} pixels and --crop_padding {padding}",
+    )
 
 
 def load_model(config: TrainConfig) -> ViTSimpleForImageClassification:
@@ -225,7 +245,7 @@ def build_splits(
         if name == "train" and config.eval_only:
             continue
         split_area = min_area if name == "train" else 0.0
-        decode = Decoder(processor, shape, data.array_shape is not None, split_area, config.seed)
+        decode = Decoder(processor, shape, data.array_shape is not None, split_area, config.seed, data.sources)
         arguments = (data, name, decode, context, config.on_bad_image, config.seed)
         if config.streaming:
             splits[name] = StreamingSplit(*arguments, buffer_size=config.shuffle_buffer_size)
@@ -241,4 +261,4 @@ def default_crop_area(config: TrainConfig, data: ImageData, shape: tuple[int, in
     if config.eval_only or data.array_shape is not None:
         return 0.0
     is_cached = not config.streaming and fits_in_cache(data.sizes["train"], shape)
-    return 0.0 if is_cached and have_equal_sizes(data.splits["train"], data.image_column) else 0.08
+    return 0.0 if is_cached and have_equal_sizes(data) else 0.08

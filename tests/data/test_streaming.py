@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import classes, processor
 from vit_simple.data.dataloader import LoaderContext
-from vit_simple.data.decoding import BadImage, Decoder
+from vit_simple.data.decoding import Decoder
 from vit_simple.data.labels import IGNORED
 from vit_simple.data.loading import ImageData
+from vit_simple.data.reading import BadImage
 from vit_simple.data.streaming import StreamingSplit, shuffled
 from vit_simple.files import UserError
 

@@ -3,7 +3,7 @@ import pytest
 from tests.conftest import classes
 from vit_simple.data.augment import Augment
 from vit_simple.data.processors import open_processor
-from vit_simple.files import ROOT
+from vit_simple.files import ROOT, UserError
 from vit_simple.train import main
 from vit_simple.training.config import TrainConfig, parse_config
 from vit_simple.training.setup import build_model_config, processor_content
@@ -43,3 +43,29 @@ def test_recipe_options_exist_and_its_model_can_be_built(recipe):
     Augment(processor, 10, **config.group("augmentation"))
     if config.model_name_or_path is None:
         assert build_model_config(config, classes(*map(str, range(1000)))).num_labels == 1000
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model: " + "[" * 3000 + "]" * 3000, "nested at most 10 deep"),
+        ("model: &a [x, x]\nseed: *a", r"without aliases, got \*a"),
+        ("image_size: 010", "expected a decimal number without leading zeros, or quotes, got 010"),
+        ("image_size: 3:44", "expected a decimal number .* got 3:44"),
+    ],
+)
+def test_yaml_that_explodes_or_is_misread_is_refused(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse_config([str(tmp_path / "recipe.yaml")])
+    with pytest.raises(UserError, match=message):
+        parse_config(["--model", "{" + text.replace("\n", ", ") + "}"])
+
+
+def test_numbers_and_quoted_texts_of_a_recipe_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "dataset_name: '010'\nseed: 0\nimage_size: 10\nema_decay: 0.9\nlearning_rate: 1e-3\n"
+    )
+    config = parse_config([str(tmp_path / "recipe.yaml")])
+    assert (config.dataset_name, config.seed, config.image_size) == ("010", 0, 10)
+    assert (config.ema_decay, config.learning_rate) == (0.9, 1e-3)

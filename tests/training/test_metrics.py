@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vit_simple.data.decoding import BadImage
 from vit_simple.data.labels import IGNORED, MULTI, REGRESSION, SINGLE, Labels
+from vit_simple.data.reading import BadImage
 from vit_simple.training.metrics import METRICS_OF, Evaluation, average_precision, class_table, table
 
 

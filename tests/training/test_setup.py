@@ -1,10 +1,12 @@
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.conftest import classes, tiny
 from vit_simple.data.processors import open_processor
 from vit_simple.files import UserError
 from vit_simple.training.config import TrainConfig, parse_config
+from vit_simple.training.devices import build_loader_context
 from vit_simple.training.setup import build_model, build_model_config, processor_content
 
 NAMES = ["a", "b", "c"]
@@ -84,3 +86,22 @@ def test_evaluation_crops_the_center_if_training_crops_at_random():
     assert processor_content(TrainConfig(), (224, 224), True)["size"] == {"shortest_edge": 256}
     with pytest.raises(UserError, match=r"--crop_pct needs a square image_size, got \(16, 32\)"):
         processor_content(TrainConfig(crop_pct=0.9), (16, 32), cropped=False)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_size": 100_000}, "100000x100000 pixels: at least .* GiB of memory are needed, this machine has"),
+        ({"crop_padding": 1_000_000}, "--crop_padding 1000000: at least 1,430,"),
+        ({"model": {"num_hidden_layers": 10**9}}, "a model of 1000000000 blocks of width 768"),
+    ],
+)
+def test_model_and_batch_that_cannot_fit_into_memory_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        build_model(TrainConfig(**options), classes(*NAMES))
+
+
+def test_workers_that_cannot_fit_into_memory_are_refused():
+    with pytest.raises(UserError, match="--dataloader_num_workers 1000000: at least 97,656 GiB of memory are needed"):
+        build_loader_context(TrainConfig(dataloader_num_workers=1_000_000), Accelerator(cpu=True))
+    assert build_loader_context(TrainConfig(dataloader_num_workers=8), Accelerator(cpu=True)).num_workers == 8
