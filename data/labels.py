@@ -194,9 +194,10 @@ class Labels:
                     first_row, first_value = row, value
         if bad_rows:
             value = list(first_value) if isinstance(first_value, tuple) else first_value
+            hint = ": they have no label, perhaps because a file is cut off" if value is None else ""
             raise UserError(
                 f"--label_column_name: expected {self.expected}, got {value} in row {first_row} of the split {split!r} "
-                f"({bad_rows} such rows)"
+                f"({bad_rows} such rows{hint})"
             )
 
     def fit(self, counts: LabelCounts):

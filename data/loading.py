@@ -154,6 +154,8 @@ def raise_user_error(message: str, *more: type[Exception]):
             raise cause from None
         lines = str(cause).strip().splitlines() or [""]
         reason = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1].strip()}"
+        if reason.startswith("invalid literal for int()"):
+            reason += "; the .cls files of a tar must hold numbers"
         kind = "" if isinstance(cause, (ValueError, OSError)) and reason else f"{type(cause).__name__}: "
         raise UserError(f"{message}: {kind}{reason}") from cause
 

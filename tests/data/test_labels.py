@@ -109,7 +109,7 @@ def test_labels_are_hidden_if_all_are_missing(feature, train, hidden, known):
         (
             Value("string"),
             ["a", "b", None, None],
-            r"of 'train' \(a, b\), got None in row 2 .* \(2 such rows\)",
+            r"of 'train' \(a, b\), got None in row 2 .* \(2 such rows: they have no label",
         ),
         (Value("int64"), [*range(20), None], r"\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.\), got None in row 20"),
         (Value("float32"), [1.0, 1.0], "expected several classes in the split 'train', got only 1.0"),

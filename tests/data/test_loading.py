@@ -1,4 +1,6 @@
 import errno
+import io
+import os
 import tarfile
 
 import numpy as np
@@ -214,3 +216,29 @@ def test_validation_fraction_must_leave_images_to_train_on(tmp_path):
     with pytest.raises(UserError, match=r"--train_val_split: 0\.9 would hold out all of the 4 images"):
         load(str(tmp_path / "prices"), fraction=0.9)
     assert load(str(tmp_path / "prices"), fraction=0.5).sizes == {"train": 2, "validation": 2}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ("label", "the .cls files of a tar must hold numbers"),
+        ("cut in an image", "unexpected end of data"),
+        ("cut after an image", "got None in row 6 .* they have no label, perhaps because a file is cut off"),
+    ],
+)
+def test_damaged_tar_is_refused_with_the_reason(tmp_path, streaming, damage, message):
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w") as archive:
+        for row in range(7):
+            label = b"x" if damage == "label" else str(row % 2).encode()
+            for name, content in ((f"{row}.png", bytes(3000)), (f"{row}.cls", label)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+                if name == "6.png":
+                    end = archive.offset
+    if damage.startswith("cut"):
+        os.truncate(path, end - 2000 if damage == "cut in an image" else end)
+    with pytest.raises(UserError, match=message):
+        load_image_data(str(path), validation_fraction=0, streaming=streaming)
