@@ -27,11 +27,8 @@ def fingerprint(
     Args:
         name, config_name, revision: with which `data` was loaded.
     """
-    found: dict[str, int | str] = {
-        "label kind": data.labels.problem_type,
-        "label names": digest(data.labels.class_names),
-    }
-    shards = {}
+    labels, shards = data.labels, {}
+    found: dict[str, int | str] = {"label kind": labels.problem_type, "label names": digest(labels.class_names)}
     if not isinstance(data.splits["train"], Dataset):
         builder = load_dataset_builder(**builder_arguments(name, config_name, revision))
         shards = standard_splits(builder.config.data_files or {})

@@ -49,10 +49,10 @@ def how_to_resume(folder: Path) -> str:
 
 def check_output_dir(config: TrainConfig):
     """Raises UserError if the run's folder would be inside the dataset's, where its files are taken for data."""
-    dataset = local_path(config.dataset_name)
-    output = Path(config.output_dir or "outputs").resolve()
+    dataset, resume = local_path(config.dataset_name), config.resume_from_checkpoint
+    output = Path(config.output_dir or ("outputs" if resume in (None, "latest") else resume)).resolve()
     if dataset.is_dir() and not config.eval_only and output.is_relative_to(dataset.resolve()):
-        raise UserError(f"--output_dir: expected a folder outside the dataset, {dataset}, got {output}")
+        raise UserError(f"--output_dir: expected a folder outside the dataset {dataset}, got {output} inside it")
 
 
 def folder_of(checkpoint: Path, output_dir: str | None) -> Path:
@@ -150,9 +150,9 @@ def check_folder(folder: Path, config: TrainConfig):
 
 def recipe_of(config: TrainConfig) -> dict:
     """The options that are kept in the run's folder."""
-    return {
-        name: value for name, value in asdict(config).items() if name not in ("output_dir", "resume_from_checkpoint")
-    }
+    recipe = asdict(config)
+    del recipe["output_dir"], recipe["resume_from_checkpoint"]
+    return recipe
 
 
 def check_recipe(folder: Path, recipe: dict):

@@ -26,7 +26,7 @@ def lock(folder: Path):
     """
     if fcntl is None:
         return
-    file = open(folder / LOCK, "a+", encoding="utf-8")
+    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
     HELD.append(file)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
