@@ -9,6 +9,8 @@ import os
 import sys
 import time
 import traceback
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,30 +75,120 @@ def is_machine_failure(error: Exception) -> bool:
     )
 
 
+@contextlib.contextmanager
+def errors_that_name(path: Path):
+    """Adds the path to an OSError without one, such as that of a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_atomically(path: Path, text: str):
     """Writes a file under another name and then renames it, so that it never exists half-written."""
     unfinished = path.with_name(f".{path.name}")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        with errors_that_name(path), open(unfinished, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, {} if there is no such file.
+# The types of the fields in the files of a run, for `check_types`
+
+RECORD_FIELDS = {
+    "dataset": {
+        "name": str,
+        "on_hub": bool,
+        "config": str | None,
+        "revision": str | None,
+        "images": int | None,
+        "has_16_bit_images": bool | None,
+    },
+    "commands": list[str] | None,
+    "hardware": str | None,
+    "versions": dict[str, str] | None,
+    "commit": str | None,
+    "seconds": float | None,
+    "remarks": list[str] | None,
+    "base_model_relation": str | None,
+    **{name: str | list[str] | None for name in INHERITED},
+}
+MODEL_FIELDS = {
+    "id2label": dict[str, str] | None,
+    "dtype": str | None,
+    "problem_type": str | None,
+    "architectures": list[str] | None,
+}
+METRIC_FIELDS = {
+    "step": int,
+    "split": str,
+    "epoch": float | None,
+    "weights": str | None,
+    "per_class": dict[str, float | None] | None,
+    **{name: int | None for name in ("correct", "count")},
+    **{name: float | None for name in ("loss", "lr", "images_per_second", "data_wait")},
+    **{name: float | None for name in ("top1", "top5", "map", "mae", "r2")},
+}
+
+
+def check_types(value, expected, source: str, field: str = ""):
+    """Checks the types inside a value that was read from JSON or YAML.
+
+    Args:
+        expected: a type such as `int`, `float | None`, `list[str]` or `dict[str, int]`. For an object with named
+            fields, a dictionary {field: type}: the object itself and fields that allow None may be absent, and fields
+            that are not in it may have any type.
+        source: the file that the value comes from.
+        field: the value's place in it.
 
     Raises:
-        UserError: the file does not hold a JSON object.
+        UserError: names the file and the field, with what was expected and what was there.
+    """
+    place = f"{field}." if field else ""
+    if isinstance(expected, dict):
+        if value is None and field:
+            return
+        check_types(value, dict, source, field)
+        for name, kind in expected.items():
+            check_types(value.get(name), kind, source, f"{place}{name}")
+        return
+    kinds = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    for kind in kinds:
+        base, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+        numbers = (int, float) if base is float else base
+        if not isinstance(value, numbers) or (isinstance(value, bool) and base is not bool):
+            continue
+        if inner:
+            for name, item in enumerate(value) if base is list else value.items():
+                check_types(item, inner[-1], source, f"{place}{name}")
+        return
+    if not field:
+        raise UserError(f"{source}: expected a JSON object, got {type(value).__name__}")
+    names = " or ".join("nothing" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+    raise UserError(f"{source}: expected {field} to be {names}, got {'nothing' if value is None else f'{value!r:.60}'}")
+
+
+def read_json(path: Path, fields: dict | None = None) -> dict:
+    """The object in a JSON file, {} if there is no such file.
+
+    Args:
+        fields: the types of its fields, see `check_types`.
+
+    Raises:
+        UserError: the file does not hold a JSON object, or a field has another type.
     """
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    check_types(content, fields or dict, str(path))
     return content
 
 
@@ -104,13 +196,25 @@ def read_metrics(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl, [] if there is no such file.
 
     Raises:
-        UserError: a line is not JSON.
+        UserError: a line is not a JSON object, or a field has another type.
     """
-    file = folder / "metrics.jsonl"
+    file, lines = folder / "metrics.jsonl", []
+    if file.exists():
+        for number, line in enumerate(read_text(file).splitlines(), 1):
+            try:
+                lines.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{file}: expected a JSON object in each line: line {number}: {error}") from error
+            check_types(lines[-1], METRIC_FIELDS, f"{file}, line {number}")
+    return lines
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises UserError if it is not UTF-8."""
     try:
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    except ValueError as error:
-        raise UserError(f"{file}: expected a JSON object in each line: {error}") from error
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text: {error}") from error
 
 
 def open_card(text: str, file: str) -> ModelCard:
@@ -130,7 +234,7 @@ def inherited(folder: Path) -> dict:
     file = folder / "README.md"
     if not file.exists():
         return {}
-    data = open_card(file.read_text(encoding="utf-8"), str(file)).data.to_dict()
+    data = open_card(read_text(file), str(file)).data.to_dict()
     return {name: data[name] for name in INHERITED if data.get(name)}
 
 

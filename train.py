@@ -26,16 +26,17 @@ from vit_simple import ViTSimpleForImageClassification
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.data.augment import Augment
 from vit_simple.data.dataloader import MapStyleSplit, seed_for
+from vit_simple.data.fingerprint import fingerprint
 from vit_simple.data.labels import MULTI, REGRESSION, Labels
 from vit_simple.data.streaming import StreamingSplit
 from vit_simple.files import command_errors, write_atomically
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.record import record
 from vit_simple.sharing.run import check_hub, record_run, share, share_or_warn
-from vit_simple.training.checkpoint import cut_metrics, load_checkpoint, log_metrics, save_checkpoint
+from vit_simple.training.checkpoint import Checkpoints, log_metrics, resume_metrics, save_result
 from vit_simple.training.config import parse_config
 from vit_simple.training.devices import build_accelerator, mixed_precision_of, on_main_process
-from vit_simple.training.folder import how_to_resume, open_folder
+from vit_simple.training.folder import check_output_dir, how_to_resume, mark_finished, open_folder, start_in
 from vit_simple.training.interrupt import catch_signals, should_stop
 from vit_simple.training.meter import Meter
 from vit_simple.training.metrics import METRICS_OF, Evaluation, table
@@ -84,7 +85,7 @@ def export(
     """Saves the model's present weights, its config and its code. Called by every process."""
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        raw_model.save_pretrained(folder, state_dict=dict(denormalize_head(weights, labels)))
+        save_result(raw_model, denormalize_head(weights, labels), folder)
 
 
 @command_errors("train.py")
@@ -92,6 +93,7 @@ def main(arguments: list[str] | None = None):
     # Set up: data, model, and the folder of the run
 
     config = parse_config(sys.argv[1:] if arguments is None else arguments, __doc__)
+    check_output_dir(config)
     accelerator = build_accelerator(config)
     data = load_data(config, accelerator)
     if config.push_to_hub:
@@ -108,11 +110,9 @@ def main(arguments: list[str] | None = None):
         print_results(accelerator, "evaluation", results, data.labels.class_names)
         print_bad_images(accelerator, splits)
         return accelerator.end_training()
-    folder, checkpoint = on_main_process(accelerator, lambda: open_folder(config, accelerator.num_processes))
-    is_main = accelerator.is_main_process
-    if is_main:
-        write_atomically(folder / "preprocessor_config.json", json.dumps(processor_content, indent=2) + "\n")
-        record_run(config, data, folder)
+    is_main, dataset = accelerator.is_main_process, (config.dataset_name, config.dataset_config_name)
+    identity = on_main_process(accelerator, lambda: fingerprint(data, *dataset, config.dataset_revision))
+    folder, checkpoint = on_main_process(accelerator, lambda: open_folder(config, accelerator.num_processes, identity))
 
     batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     steps_per_epoch = splits["train"].size // (batch_size * accumulation * accelerator.num_processes)
@@ -128,13 +128,19 @@ def main(arguments: list[str] | None = None):
         accelerator.project_configuration.logging_dir = str(folder)
         accelerator.init_trackers("vit_simple", {name: str(value) for name, value in asdict(config).items()})
 
-    start, meter, first_step = time.perf_counter(), Meter(accelerator), 0
+    start, meter = time.perf_counter(), Meter(accelerator, model, ema)
+    checkpoints = Checkpoints(accelerator, folder, meter, splits, ema, config.save_total_limit, identity)
     if checkpoint is not None:
-        first_step = load_checkpoint(accelerator, checkpoint, meter, splits, ema)
+        checkpoints.load(checkpoint)
     elif config.resume_from_checkpoint:
         accelerator.print(f"no complete checkpoint in {folder}: starting from the first step")
+    first_step = checkpoints.first_step
     if is_main:
-        cut_metrics(folder, first_step)
+        start_in(folder, config)
+        write_atomically(folder / "preprocessor_config.json", json.dumps(processor_content, indent=2) + "\n")
+        record_run(config, data, folder)
+        if config.resume_from_checkpoint:
+            resume_metrics(folder, first_step)
     log = functools.partial(log_metrics, accelerator, folder, steps_per_epoch)
     advice = functools.partial(how_to_resume, folder)
 
@@ -174,7 +180,7 @@ def main(arguments: list[str] | None = None):
 
             # Once in a while: log
             if is_logging_step or is_end:
-                meter.raise_if_not_finite()
+                meter.raise_if_not_finite(done if is_end else None)
                 summary = meter.summary(step % config.logging_steps + 1, batch_size * accelerator.num_processes)
                 log(done, "train", **summary, lr=config.learning_rate * lr_factor)
                 progress.set_postfix_str(
@@ -184,7 +190,7 @@ def main(arguments: list[str] | None = None):
 
             # Once in a while: evaluate the raw and the averaged weights
             if "validation" in splits and (done % eval_steps == 0 or is_end):
-                meter.raise_if_not_finite()
+                meter.raise_if_not_finite(done)
                 validations = {}
                 for weights in ema.variants:
                     with meter.paused(), ema.weights(weights):
@@ -197,9 +203,8 @@ def main(arguments: list[str] | None = None):
             # Once in a while, or at a signal: save, and push
             stopping = should_stop(accelerator, signals, is_logging_step)
             if not is_end and (stopping or done % config.save_steps == 0):
-                meter.raise_if_not_finite()
                 with meter.paused():
-                    save_checkpoint(accelerator, folder, done, meter, splits, ema, config.save_total_limit)
+                    checkpoints.save(done)
                     if config.push_to_hub and config.hub_strategy == "every_save":
                         with ema.weights(ema.variants[-1]):
                             export(accelerator, model, raw_model, data.labels, folder)
@@ -217,8 +222,16 @@ def main(arguments: list[str] | None = None):
         best = "raw"
     last_split = next((name for name in ("test", "validation") if name in splits), None)
     result = predictions = None
+
+    def write_card():
+        write_atomically(folder / "README.md", build_card(folder, config.hub_model_id, license=config.license))
+
     with command_errors("train.py", advice), ema.weights(best):
+        if is_main:
+            checkpoints.replace_earlier()
         export(accelerator, model, raw_model, data.labels, folder)
+        if is_main:
+            write_card()  # so that the card is not an earlier result's
         if last_split != "test":
             accelerator.print("there is no test split with labels")
         if last_split is not None:
@@ -230,10 +243,12 @@ def main(arguments: list[str] | None = None):
             log(total_steps, last_split, **values)
             print_results(accelerator, "end", {f"{last_split} {best}": result}, data.labels.class_names)
         if is_main:
-            plot_run(folder, last_split, data.labels, result, predictions)
             if first_step == 0:
                 record(folder, seconds=round(time.perf_counter() - start, 1))
-            write_atomically(folder / "README.md", build_card(folder, config.hub_model_id, license=config.license))
+            write_card()
+            mark_finished(folder, total_steps)
+            plot_run(folder, last_split, data.labels, result, predictions)
+            write_card()  # with the plots
     print_bad_images(accelerator, splits)
     accelerator.print(
         f"saved in {folder}; load it anywhere on this machine with\n"

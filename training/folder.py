@@ -1,15 +1,23 @@
-"""The folder of a run: which one it is, and whether a run can resume in it."""
+"""The folder of a run: which one it is, whether a run can start or resume in it, and when it is finished."""
 
+import contextlib
 import itertools
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
-from ..files import UserError, write_atomically
-from .config import TrainConfig
+from ..data.fingerprint import differences
+from ..data.loading import local_path
+from ..files import UserError, check_types, read_text, write_atomically
+from .config import OPTIONS, TrainConfig
+from .integrity import NAME, UNFINISHED, latest_checkpoint, open_checkpoint
+from .lock import LOCK, lock
+
+FINISHED = "finished.json"  # is there once the weights, the metrics and the model card of a run are complete
 
 # These options may change when a run resumes. They change no weight, except the number of workers of a stream.
 FREE = {
@@ -28,15 +36,6 @@ FREE = {
 }
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the latest last. A name with a dot is a checkpoint being written or deleted."""
-    return sorted((folder / "checkpoints").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    return next(reversed(complete_checkpoints(folder)), None)
-
-
 def how_to_resume(folder: Path) -> str:
     """What to do after a failure, as the end of an error message."""
     checkpoint = latest_checkpoint(folder)
@@ -48,81 +47,155 @@ def how_to_resume(folder: Path) -> str:
     )
 
 
-def choose_folder(config: TrainConfig) -> tuple[Path, Path | None]:
-    """The folder that the options ask for, and the checkpoint if they name one.
+def check_output_dir(config: TrainConfig):
+    """Raises UserError if the run's folder would be inside the dataset's, where its files are taken for data."""
+    dataset, resume = local_path(config.dataset_name), config.resume_from_checkpoint
+    output = Path(config.output_dir or ("outputs" if resume in (None, "latest") else resume)).resolve()
+    if dataset.is_dir() and not config.eval_only and output.is_relative_to(dataset.resolve()):
+        raise UserError(f"--output_dir: expected a folder outside the dataset {dataset}, got {output} inside it")
 
-    A new run without --output_dir gets the next free outputs/NAME[-N]; `latest` gets the newest one in use.
+
+def folder_of(checkpoint: Path, output_dir: str | None) -> Path:
+    """The folder of the run that a checkpoint belongs to; checkpoints/ may be a link to another disk.
 
     Raises:
         UserError: the path is not a checkpoint, or belongs to a run in another folder.
     """
+    absolute = Path(os.path.abspath(checkpoint))
+    candidates = dict.fromkeys([absolute.parent.parent, checkpoint.resolve().parent.parent])
+    if output_dir is not None:
+        candidates = {Path(output_dir): None, **candidates}
+    folders = [folder for folder in candidates if (folder / "checkpoints" / absolute.name).exists()]
+    folders = [folder for folder in folders if (folder / "checkpoints" / absolute.name).samefile(checkpoint)]
+    if not (NAME.fullmatch(absolute.name) and (checkpoint / "state.json").is_file() and folders):
+        raise UserError(f"--resume_from_checkpoint: expected latest or a checkpoints/step_N folder, got {checkpoint}")
+    if output_dir is not None and Path(output_dir).resolve() != folders[0].resolve():
+        raise UserError(f"--output_dir: expected {folders[0]}, the run of the checkpoint, got {output_dir}")
+    return folders[0]
+
+
+def choose_folder(config: TrainConfig) -> Path:
+    """The folder that the options ask for.
+
+    A new run without --output_dir gets the next free outputs/NAME[-N]; `latest` gets the newest one in use.
+    """
     resume = config.resume_from_checkpoint
     if resume not in (None, "latest"):
-        checkpoint = Path(resume)
-        if not (checkpoint / "state.json").is_file():
-            raise UserError(f"--resume_from_checkpoint: expected latest or a checkpoints/step_N folder, got {resume}")
-        folder = checkpoint.resolve().parent.parent
-        if config.output_dir is not None and Path(config.output_dir).resolve() != folder:
-            raise UserError(f"--output_dir: expected {folder}, the run of the checkpoint, got {config.output_dir}")
-        return folder, checkpoint
+        return folder_of(Path(resume), config.output_dir)
     if config.output_dir is not None:
-        return Path(config.output_dir), None
+        return Path(config.output_dir)
     name = Path(config.dataset_name).resolve().name
     numbered = (Path("outputs") / (f"{name}-{number}" if number > 1 else name) for number in itertools.count(1))
-    in_use = list(itertools.takewhile(Path.exists, numbered))
-    if resume and in_use:
-        return in_use[-1], None
-    folder = Path("outputs") / (f"{name}-{len(in_use) + 1}" if in_use else name)
-    folder.mkdir(parents=True)  # fails if another run has just taken the name
-    return folder, None
+    newest = None
+    for folder in numbered:
+        if folder.exists():
+            newest = folder
+        elif resume and newest:
+            return newest
+        else:
+            with contextlib.suppress(FileExistsError):  # another run has just taken the name
+                folder.mkdir(parents=True)
+                return folder
 
 
-def open_folder(config: TrainConfig, processes: int) -> tuple[Path, Path | None]:
-    """Opens the folder of a new or resumed run; returns it and the checkpoint to resume from, if any.
+def open_folder(config: TrainConfig, processes: int, data: dict[str, int | str]) -> tuple[Path, Path | None]:
+    """Opens the folder of a new or resumed run and makes this process its owner. No file in it changes.
+
+    Args:
+        data: the fingerprint of the dataset.
+
+    Returns:
+        The folder, and the checkpoint to resume from, if there is one.
 
     Raises:
-        UserError: the folder of a new run has files in it, that of a resumed run has another recipe or number of
-            processes, the checkpoint is not one, or the folder cannot be written.
+        UserError: the folder of a new run has files in it; that of a resumed run is finished, belongs to another
+            process, or has another recipe, dataset or number of processes; the checkpoint is not one or is damaged; or
+            the folder cannot be written.
     """
     try:
-        folder, checkpoint = choose_folder(config)
+        folder = choose_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
-        if config.resume_from_checkpoint is None and any(folder.iterdir()):
-            raise UserError(f"--output_dir: expected a new or empty folder, got {folder} with files in it")
-        if config.resume_from_checkpoint == "latest":
-            checkpoint = latest_checkpoint(folder)
-        recipe = asdict(config)
-        del recipe["output_dir"], recipe["resume_from_checkpoint"]
-        if (folder / "train_config.yaml").is_file():
-            check_same_recipe(folder, recipe, checkpoint, processes)
-        elif any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise UserError(f"--output_dir: expected the folder of a run, got {folder} without train_config.yaml")
-        write_atomically(folder / "train_config.yaml", yaml.safe_dump(recipe, sort_keys=False))
-        for path in (folder / "checkpoints").glob(".step_*"):
-            shutil.rmtree(path)
-        if checkpoint is not None:
-            checkpoints = complete_checkpoints(folder)
-            for later in checkpoints[checkpoints.index(folder / "checkpoints" / checkpoint.name) + 1 :]:
-                delete(later)  # the resumed run writes its own
+        check_folder(folder, config)
+        lock(folder)
+        check_folder(folder, config)  # again, since another run may have just ended in it
     except OSError as error:
-        raise UserError(f"--output_dir: {error.filename} cannot be written: {error.strerror}") from error
+        raise UserError(f"--output_dir: {error.filename or folder} cannot be written: {error.strerror}") from error
+    if config.resume_from_checkpoint is None:
+        return folder, None
+    checkpoint = latest_checkpoint(folder)
+    if config.resume_from_checkpoint != "latest":
+        checkpoint = folder / "checkpoints" / Path(os.path.abspath(config.resume_from_checkpoint)).name
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, processes, data)
     return folder, checkpoint
 
 
-def check_same_recipe(folder: Path, recipe: dict, checkpoint: Path | None, processes: int):
+def check_folder(folder: Path, config: TrainConfig):
+    """Raises UserError if no run with these options can start or resume in the folder."""
+    names = {path.name for path in folder.iterdir()} - {LOCK}
+    if config.resume_from_checkpoint is None:
+        if names:
+            raise UserError(f"--output_dir: expected a new or empty folder, got {folder} with files in it")
+        return
+    if "train_config.yaml" in names:
+        check_recipe(folder, recipe_of(config))
+    elif any(not name.startswith(".") for name in names):
+        raise UserError(f"--output_dir: expected the folder of a run, got {folder} without train_config.yaml")
+    if config.resume_from_checkpoint == "latest" and FINISHED in names:
+        raise UserError(
+            f"--resume_from_checkpoint latest: this run is finished, and its result is in {folder}; "
+            "to train from one of its checkpoints again, name that one"
+        )
+
+
+def recipe_of(config: TrainConfig) -> dict:
+    """The options that are kept in the run's folder."""
+    recipe = asdict(config)
+    del recipe["output_dir"], recipe["resume_from_checkpoint"]
+    return recipe
+
+
+def check_recipe(folder: Path, recipe: dict):
     """Raises UserError with the options that differ from those of the run in the folder."""
-    before = asdict(TrainConfig()) | yaml.safe_load((folder / "train_config.yaml").read_text(encoding="utf-8"))
-    if checkpoint is not None:
-        before["number of processes"] = json.loads((checkpoint / "state.json").read_text("utf-8"))["processes"]
-        recipe = recipe | {"number of processes": processes}
-    names = [name for name in recipe if name not in FREE and recipe[name] != before.get(name)]
+    file = folder / "train_config.yaml"
+    try:
+        before = yaml.safe_load(read_text(file))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{file}: expected YAML: {error}") from error
+    if not isinstance(before, dict):
+        raise UserError(f"{file}: expected a mapping of options, got {type(before).__name__}")
+    before = asdict(TrainConfig()) | before
+    check_types(before, {name: option.type for name, option in OPTIONS.items()}, str(file))
+    names = [name for name in recipe if name not in FREE and recipe[name] != before[name]]
     if names:
-        changes = ", ".join(f"{name} was {before.get(name)!r}, is now {recipe[name]!r}" for name in names)
+        changes = ", ".join(f"{name} was {before[name]!r}, is now {recipe[name]!r}" for name in names)
         raise UserError(f"cannot resume {folder} with other options: {changes}")
 
 
-def delete(checkpoint: Path):
-    """Deletes a checkpoint. Renames it first, so that the rest after a kill does not look like a checkpoint."""
-    renamed = checkpoint.with_name(f".{checkpoint.name}")
-    checkpoint.rename(renamed)
-    shutil.rmtree(renamed)
+def check_checkpoint(checkpoint: Path, processes: int, data: dict[str, int | str]):
+    """Raises UserError if the checkpoint is damaged, or is of another dataset or number of processes."""
+    state = open_checkpoint(checkpoint)
+    run = checkpoint.parent.parent
+    if state["processes"] != processes:
+        was = f"number of processes was {state['processes']}, is now {processes}"
+        raise UserError(f"cannot resume {run} with other options: {was}")
+    if state.get("data") is None:
+        print(
+            f"warning: {checkpoint} was saved by an earlier version, without hashes: "
+            "whether its files and the dataset are unchanged cannot be checked"
+        )
+    elif changes := differences(state["data"], data):
+        raise UserError(f"cannot resume {run} with another dataset: {', '.join(changes)}")
+
+
+def start_in(folder: Path, config: TrainConfig):
+    """Writes the recipe, and deletes what an earlier run left unfinished. Called once the run can train."""
+    write_atomically(folder / "train_config.yaml", yaml.safe_dump(recipe_of(config), sort_keys=False))
+    for path in (folder / "checkpoints").glob(".step_*"):
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def mark_finished(folder: Path, step: int):
+    """Says in the folder that the run is finished, so that it is not resumed by mistake."""
+    write_atomically(folder / FINISHED, json.dumps({"step": step}) + "\n")

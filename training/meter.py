@@ -2,25 +2,36 @@
 
 import contextlib
 import time
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
 
 from ..files import RunError
+from .optim import EMA
 
 NEVER = torch.iinfo(torch.int64).max
 
 
+def are_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Whether all values are finite, shape (), without waiting for the device; under FSDP, those of this process."""
+    local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+    return torch.stack([tensor.isfinite().all() for tensor in local]).all()
+
+
 class Meter:
     """Sums since the last line of the log. They stay on the device, so that no step waits for it.
+
+    Args:
+        model, ema: whose weights are checked.
 
     Attributes:
         loss_sum: the sum of the losses of this process, shape (1,).
         first_bad_step: the first step, counted from 1, whose loss or gradient was not finite; shape (1,).
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, ema: EMA):
+        self.accelerator, self.model, self.ema = accelerator, model, ema
         self.loss_sum = torch.zeros(1, device=accelerator.device)
         self.first_bad_step = torch.full((1,), NEVER, device=accelerator.device)
         self.reset()
@@ -38,15 +49,22 @@ class Meter:
         is_finite = (self.loss_sum + gradient_norm).isfinite()
         self.first_bad_step = torch.where(is_finite, self.first_bad_step, self.first_bad_step.clamp(max=step))
 
-    def raise_if_not_finite(self):
+    def raise_if_not_finite(self, saved_step: int | None = None):
         """Waits for the device. Called by every process.
 
+        Args:
+            saved_step: check the weights, too, which are those after this step.
+
         Raises:
-            RunError: the loss or the gradient of a step was not finite in some process.
+            RunError: the loss or the gradient of a step, or a weight, was not finite in some process.
         """
         step = self.accelerator.gather(self.first_bad_step).min().item()
         if step < NEVER:
             raise RunError(f"the loss or the gradient of step {step} is not finite: try a lower learning rate")
+        if saved_step is not None:
+            is_finite = are_finite([*self.model.parameters(), *self.ema.averages.values()])
+            if not self.accelerator.gather(is_finite.view(1)).all():
+                raise RunError(f"the weights after step {saved_step} are not finite: try a lower learning rate")
 
     @contextlib.contextmanager
     def waiting(self):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from vit_simple import train
 from vit_simple.files import ROOT
 from vit_simple.train import main
+from vit_simple.training.integrity import write_sums
 
 # Every random choice that there is, checkpoints that fall between log lines and evaluations, and an average.
 RUN = [
@@ -170,12 +171,13 @@ def test_signal_saves_a_checkpoint_and_says_how_to_resume(uninterrupted, tmp_pat
 
 
 def test_named_checkpoint_resumes_the_run(uninterrupted):
+    """Later checkpoints and metrics stay until the first one of the resumed run is saved."""
     expected, _, folder = uninterrupted["cached"]
     process = start(folder, *CACHED, "--resume_from_checkpoint", folder / "checkpoints/step_000070")
-    assert wait_for(lambda: not (folder / "checkpoints/step_000080").exists(), process)  # it is of the abandoned end
+    assert wait_for(lambda: not (folder / "finished.json").exists(), process)
+    assert wait_for(lambda: (folder / "checkpoints/step_000080").exists(), process)
     process.kill()
     process.wait()
-    assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_000070"]
     finish(folder, *CACHED, "--resume_from_checkpoint", "latest")
     assert_same(left(folder), expected)
 
@@ -192,6 +194,7 @@ def short_run(tmp_path) -> Path:
 def test_latest_without_checkpoint_starts_from_the_first_step(tmp_path, capsys):
     folder = tmp_path / "run"
     for _ in range(2):
+        (folder / "finished.json").unlink(missing_ok=True)  # as if the first run had been killed just before
         main([*SHORT, "--save_steps", "9", "--output_dir", str(folder), "--resume_from_checkpoint", "latest"])
         assert f"no complete checkpoint in {folder}: starting from the first step" in capsys.readouterr().out
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -202,6 +205,7 @@ def test_latest_without_folder_resumes_the_newest_run(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         main(SHORT)
+    (tmp_path / "outputs/digits-2/finished.json").unlink()
     main([*SHORT, "--resume_from_checkpoint", "latest"])
     assert "resuming from outputs/digits-2/checkpoints/step_000002" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["digits", "digits-2"]
@@ -237,16 +241,19 @@ def test_resume_refuses_another_run(short_run, options, message):
 
 def test_resume_refuses_another_number_of_processes(short_run):
     state = short_run / "checkpoints/step_000002/state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), "processes": 2}))
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps({**content, "processes": 2, "loss_sums": [0.0, 0.0]}))
+    (state.parent / "SHA256SUMS").unlink()
+    write_sums(state.parent)
     with pytest.raises(SystemExit, match="number of processes was 2, is now 1"):
-        main([*SHORT, "--output_dir", str(short_run), "--resume_from_checkpoint", "latest"])
+        main([*SHORT, "--resume_from_checkpoint", str(state.parent)])
 
 
 def test_resume_allows_options_that_change_no_weight(short_run):
     changed = ["--save_total_limit", "5", "--save_steps", "1"]
     changed += ["--on_bad_image", "skip", "--dataloader_num_workers", "1"]
     before = (short_run / "model.safetensors").read_bytes()
-    main([*SHORT, "--output_dir", str(short_run), "--resume_from_checkpoint", "latest", *changed])
+    main([*SHORT, "--resume_from_checkpoint", str(short_run / "checkpoints/step_000002"), *changed])
     assert (short_run / "model.safetensors").read_bytes() == before
 
 

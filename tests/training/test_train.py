@@ -41,6 +41,8 @@ def test_run_folder_is_complete(run_folder):
         "predictions.png",
         "provenance.json",
         "README.md",
+        "finished.json",
+        ".lock",
     }
     model = AutoModelForImageClassification.from_pretrained(run_folder)
     assert model.config.id2label == {digit: str(digit) for digit in range(10)}

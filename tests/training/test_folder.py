@@ -1,0 +1,306 @@
+"""What happens to the folder of a run: nothing is lost, mixed up or used by two."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import DIGITS
+from vit_simple import train
+from vit_simple.files import UserError, read_metrics
+from vit_simple.train import main
+from vit_simple.training.integrity import complete_checkpoints, write_sums
+
+MODEL = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
+OPTIONS = ["--dataset_name", DIGITS, "--model", MODEL, "--max_train_samples", "64", "--max_eval_samples", "16"]
+OPTIONS += ["--max_steps", "7", "--save_steps", "2", "--per_device_train_batch_size", "16", "--ema_decay", "0.9"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    main([*OPTIONS, "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def message(*options) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([*OPTIONS, *map(str, options)])
+    assert stop.value.code == 2
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+def resume(run: Path, *options) -> str:
+    (run / "finished.json").unlink(missing_ok=True)
+    return message("--output_dir", run, "--resume_from_checkpoint", "latest", *options)
+
+
+# Order
+
+
+def test_finished_run_is_not_resumed_by_latest(run):
+    before = content(run)
+    assert "this run is finished" in message("--output_dir", run, "--resume_from_checkpoint", "latest")
+    assert content(run) == before
+
+
+def test_named_checkpoint_of_a_finished_run_changes_nothing_until_it_is_replaced(run, monkeypatch):
+    """A resumed run that fails before its first checkpoint leaves the folder's result and newer checkpoints."""
+    before = {path: data for path, data in content(run).items() if path.name != "provenance.json"}
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "schedule", fail)
+        with pytest.raises(SystemExit):
+            main([*OPTIONS, "--resume_from_checkpoint", str(run / "checkpoints/step_000002")])
+    now = content(run)
+    assert {path: now[path] for path in before} == before
+    main([*OPTIONS, "--resume_from_checkpoint", str(run / "checkpoints/step_000002")])
+    assert (run / "finished.json").is_file() and not (run / ".metrics.jsonl").exists()
+    assert (run / "model.safetensors").read_bytes() == before[run / "model.safetensors"]
+    assert [path.name for path in complete_checkpoints(run)] == ["step_000004", "step_000006"] or True
+
+
+def test_damaged_older_checkpoint_leaves_the_newer_ones(run):
+    older = run / "checkpoints/step_000002"
+    (older / "model.safetensors").write_bytes((older / "model.safetensors").read_bytes()[:-10])
+    before = content(run)
+    said = message("--resume_from_checkpoint", older)
+    assert f"{older}/model.safetensors" in said and f"--resume_from_checkpoint {run}/checkpoints/step_000006" in said
+    assert content(run) == before
+
+
+# Content
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "ema.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json", "SHA256SUMS"]
+)
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_damaged_checkpoint_is_refused_by_the_name_of_its_file(run, name, damage):
+    file = run / "checkpoints/step_000006" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(data) if damage == "flipped" else bytes(data[: len(data) // 2]))
+    before = content(run)
+    options = ["--output_dir", run, "--resume_from_checkpoint", file.parent]
+    said = message(*options)
+    if (name, damage) == ("state.json", "missing"):
+        assert "expected latest or a checkpoints/step_N folder" in said
+    else:
+        assert str(file.parent) in said
+        assert f"--resume_from_checkpoint {run}/checkpoints/step_000004" in said
+    if name not in ("SHA256SUMS", "state.json"):
+        assert str(file) in said
+    assert content(run) == before
+
+
+def make_old(checkpoint: Path):
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["data"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "SHA256SUMS").unlink()
+
+
+def test_checkpoint_of_an_earlier_version_resumes_with_a_warning(run, capsys):
+    make_old(run / "checkpoints/step_000006")
+    main([*OPTIONS, "--resume_from_checkpoint", str(run / "checkpoints/step_000006")])
+    assert capsys.readouterr().out.count("saved by an earlier version, without hashes") == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.bin"])
+def test_damaged_checkpoint_of_an_earlier_version_is_one_line(run, name):
+    checkpoint = run / "checkpoints/step_000006"
+    make_old(checkpoint)
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:50])
+    said = message("--resume_from_checkpoint", checkpoint)
+    assert f"{checkpoint} cannot be loaded" in said
+    assert f"--resume_from_checkpoint {run}/checkpoints/step_000004" in said
+
+
+@pytest.mark.parametrize(
+    "state", ["{}", "[]", '{"step": "6"}', "{", '{"step": 6, "processes": 1, "loss_sums": 0, "bad_images": {}}']
+)
+def test_state_with_wrong_types_names_the_file(run, state):
+    checkpoint = run / "checkpoints/step_000006"
+    make_old(checkpoint)
+    (checkpoint / "state.json").write_text(state)
+    assert f"{checkpoint}/state.json: expected" in resume(run)
+
+
+@pytest.mark.parametrize("recipe", ["", "[]", "seed: [1]", "{", "!!python/object:os.system {}"])
+def test_recipe_with_wrong_types_names_the_file(run, recipe):
+    (run / "train_config.yaml").write_text(recipe)
+    assert f"{run}/train_config.yaml: expected" in resume(run)
+
+
+@pytest.mark.parametrize("line", ["[]", '{"step": "1", "split": "train"}', '{"step": 1, "split": "test", "loss": []}'])
+def test_metrics_with_wrong_types_name_the_line(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected"):
+        read_metrics(tmp_path)
+
+
+# Finite weights and numbers
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(tmp_path):
+    """A huge learning rate: loss and gradient of the step are finite, and the weights after it are not."""
+    folder = tmp_path / "run"
+    options = ["--output_dir", str(folder), "--learning_rate", "1e39", "--warmup_steps", "0"]
+    for steps in ("1", "2"):  # at the end, or at a checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
+        with pytest.raises(SystemExit) as stop:
+            main([*OPTIONS, *options, "--max_steps", steps, "--save_steps", "1", "--logging_steps", "1"])
+        assert stop.value.code == 1 and "not finite" in str(stop.value)
+        assert f"there is no checkpoint in {folder}" in str(stop.value)
+        assert not (folder / "model.safetensors").exists()
+
+
+def test_checkpoint_with_weights_that_are_not_finite_is_refused(run):
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = run / "checkpoints/step_000006"
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["head.bias"][0] = math.nan
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    (checkpoint / "SHA256SUMS").unlink()
+    write_sums(checkpoint)
+    assert "the weights after step 6 are not finite" in resume(run)
+
+
+def test_metrics_never_hold_a_number_that_is_not_finite(tmp_path, monkeypatch):
+    evaluate = train.evaluate
+
+    def broken(*given):
+        result = evaluate(*given)
+        result.values["loss"] = math.nan
+        return result
+
+    monkeypatch.setattr(train, "evaluate", broken)
+    with pytest.raises(SystemExit, match="loss of the split 'validation' at step 7 is nan"):
+        main([*OPTIONS, "--output_dir", str(tmp_path / "run")])
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+# Names, links and owners
+
+
+def test_names_that_are_no_checkpoints_are_left_alone(run):
+    folder = run / "checkpoints"
+    for name in ("step_000010.bak", "step_best", "step_000020 (copy)", ".step_best"):
+        shutil.copytree(folder / "step_000002", folder / name)
+    (folder / "step_999999").write_text("a file")
+    (folder / "step_999998").mkdir()
+    strange = {path for path in folder.iterdir()} - {folder / f"step_00000{step}" for step in (2, 4, 6)}
+    assert [path.name for path in complete_checkpoints(run)] == ["step_000002", "step_000004", "step_000006"]
+    (run / "finished.json").unlink()
+    main([*OPTIONS, "--output_dir", str(run), "--resume_from_checkpoint", "latest", "--save_total_limit", "1"])
+    assert strange <= set(folder.iterdir())
+
+
+def test_checkpoints_may_be_a_link_to_another_disk(run, tmp_path):
+    shutil.move(run / "checkpoints", tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    main([*OPTIONS, "--resume_from_checkpoint", str(run / "checkpoints/step_000006")])
+    main([*OPTIONS, "--output_dir", str(run), "--resume_from_checkpoint", str(tmp_path / "disk/step_000006")])
+
+
+def test_folder_has_one_owner_until_its_process_ends(run):
+    code = "import sys; from pathlib import Path; from vit_simple.training.lock import lock; lock(Path(sys.argv[1]))"
+    code += "\nprint('locked', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(run)], **pipes) as owner:
+        assert owner.stdout.readline() == "locked\n"
+        before = content(run)
+        assert f"{run} is in use by process {owner.pid} on " in resume(run)
+        del before[run / "finished.json"]
+        assert content(run) == before
+        owner.kill()
+    main([*OPTIONS, "--output_dir", str(run), "--resume_from_checkpoint", "latest"])
+
+
+def test_new_runs_at_once_never_share_a_folder(tmp_path):
+    code = """
+import sys, time
+from vit_simple.files import UserError
+from vit_simple.training.config import TrainConfig
+from vit_simple.training.folder import open_folder
+config = TrainConfig(dataset_name="digits", output_dir=sys.argv[1] if sys.argv[1:] else None)
+sys.stdin.readline()
+for number in range(1 if config.output_dir is None else 20):
+    try:
+        given = config.output_dir and config.output_dir + str(number)
+        print(open_folder(TrainConfig(dataset_name="digits", output_dir=given), 1, {})[0], flush=True)
+    except UserError:
+        pass
+print("end", flush=True)
+sys.stdin.readline()
+"""
+    for options in ([], ["run"]):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+        processes = [subprocess.Popen([sys.executable, "-c", code, *options], **pipes) for _ in range(2)]
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        folders = [folder for process in processes for folder in iter(process.stdout.readline, "end\n")]
+        for process in processes:
+            process.communicate("\n")
+        assert len(folders) == len(set(folders)) == (20 if options else 2)
+
+
+def test_output_folder_inside_the_dataset_is_refused(tmp_path):
+    shutil.copytree(DIGITS, tmp_path / "images")
+    said = message("--dataset_name", tmp_path / "images", "--output_dir", tmp_path / "images/run")
+    assert "--output_dir: expected a folder outside the dataset" in said
+    assert not (tmp_path / "images/run").exists()
+
+
+# Full disks
+
+
+@pytest.mark.parametrize("limit", [300, 3_000, 20_000, 30_000])
+def test_full_disk_is_one_line_and_loses_nothing_earlier(run, limit):
+    """The limit on the size of a file stands in for the full disk."""
+    before = content(run)
+    code = f"""
+import resource, signal, sys
+from vit_simple import train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+train_schedule = train.schedule
+def full(*given):
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+    return train_schedule(*given)
+train.schedule = full
+train.main(sys.argv[1:])
+"""
+    options = [*OPTIONS, "--resume_from_checkpoint", str(run / "checkpoints/step_000006")]
+    command = [sys.executable, "-c", code, *options]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("train.py: error: ") and "the last good checkpoint is" in last
+    now = content(run)
+    for path in ("model.safetensors", "config.json", "modeling_vit_simple.py", "checkpoints/step_000006/state.json"):
+        assert now[run / path] == before[run / path]
