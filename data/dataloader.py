@@ -156,7 +156,7 @@ class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
     training the next row takes its place.
     """
 
-    kept = None  # pixels and targets of the whole split, and of padding
+    cached = None  # pixels and targets of the whole split, and of padding
 
     def at(self, rows: list[int]) -> Iterator[tuple]:
         """The undecoded image and the label of each row."""
