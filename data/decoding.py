@@ -206,5 +206,5 @@ class Decoder:
         images = [blank if image is None else image for image in images]
         if self.is_identity and all(image.size == self.size for image in images):
             return stack_as_uint8(images)
-        unscaled = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
+        unscaled = {"do_rescale": False, "do_normalize": False}
         return self.processor(images, **unscaled, return_tensors="pt")["pixel_values"]

@@ -83,6 +83,9 @@ class TrainConfig:
     image_size: int | None = option("network", None, COUNT, "pixels on a side; default: the recipe's or 224")
     model: dict | None = option("network", None, None, "fields of ViTSimpleConfig as YAML; not beside the three above")
     drop_path_rate: float | None = option("network", None, PART, "of the last block; default: the network's")
+    initialization: str = option(
+        "network", "random", ("random", "mimetic"), "mimetic: attention starts as trained attention looks; from scratch"
+    )
     freeze_backbone: bool = option("network", False, None, "train the head alone")
     gradient_checkpointing: bool = option("network", False, None, "less memory for more time")
 
@@ -139,6 +142,8 @@ class TrainConfig:
         scratch = [name for name in ("variant", "image_size", "model") if getattr(self, name) is not None]
         if self.model_name_or_path is not None and scratch:
             raise ValueError(f"--model_name_or_path: expected no --{scratch[0]} beside it, the checkpoint has its own")
+        if self.model_name_or_path is not None and self.initialization != "random":
+            raise ValueError("--initialization cannot be combined with --model_name_or_path, which has its weights")
         if self.model_name_or_path is not None and self.crop_pct is not None:
             raise ValueError("--crop_pct: expected none beside --model_name_or_path, which has its own image processor")
         if self.push_to_hub != (self.hub_model_id is not None):

@@ -24,6 +24,8 @@ from ..data.processors import open_processor, stock_processor
 from ..data.streaming import StreamingSplit
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .config import TrainConfig, unknown
+from .initialization import initialize_mimetic
+from .step import compile_blocks
 
 
 def mixed_precision_of(config: TrainConfig) -> str:
@@ -128,6 +130,8 @@ def build_model(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSi
     path = config.model_name_or_path
     if path is None:
         network = ViTSimpleForImageClassification(build_model_config(config, labels, channels))
+        if config.initialization == "mimetic":
+            initialize_mimetic(network)
     else:
         try:
             kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
@@ -166,7 +170,7 @@ def build_model(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSi
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable()
     if config.torch_compile:
-        network.compile()
+        compile_blocks(network)
     return network
 
 
