@@ -27,7 +27,7 @@ from tqdm import tqdm
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.data.augment import Augment
-from vit_simple.data.dataloader import MapStyleSplit, seed_for
+from vit_simple.data.dataloader import MapStyleSplit
 from vit_simple.data.decoding import BadImage
 from vit_simple.data.labels import MULTI, REGRESSION, Labels
 from vit_simple.data.loading import ImageData, load_image_data
@@ -57,6 +57,7 @@ from vit_simple.training.setup import (
     mixed_precision_of,
     on_main_process,
 )
+from vit_simple.training.step import augmented_batches, can_capture, capture
 
 SHOWN = 32  # test images in the picture of predictions
 NEVER = torch.iinfo(torch.int64).max
@@ -72,13 +73,16 @@ def evaluate(
     augment: Augment,
     accelerator: Accelerator,
     batch_size: int,
+    in_bf16: bool = False,
 ) -> Evaluation:
-    """One pass over a split, in float32."""
+    """One pass over a split, in float32 or, on a GPU, in bfloat16."""
     model.eval()
     labels = rows.data.labels
     scores = METRICS_OF[labels.problem_type](labels, accelerator.device)
     for pixels, targets in rows.evaluation(batch_size):
-        scores.update(model(augment.normalize(pixels)).logits.float(), targets)
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=in_bf16):
+            logits = model(augment.normalize(pixels)).logits
+        scores.update(logits.float(), targets)
     model.train()
     return scores.compute(accelerator)
 
@@ -202,6 +206,8 @@ def train(
     muon_rate = config.muon_learning_rate if config.optim == "muon" else None
     optimizers = build_optimizers(network, config.learning_rate, config.weight_decay, config.layer_decay, muon_rate)
     model, *optimizers = accelerator.prepare(network, *optimizers)
+    if can_capture(config, accelerator):
+        capture(network, batch_size, in_bf16)
     averaged = None if config.ema_decay is None else EMA(network, config.ema_decay)
     if config.report_to:
         accelerator.project_configuration.logging_dir = str(folder)
@@ -232,7 +238,8 @@ def train(
 
     def measure(split: str) -> Evaluation:
         with meter.pause():
-            return evaluate(model, rows[split], augment, accelerator, config.per_device_eval_batch_size)
+            in_bf16_here = in_bf16 and accelerator.device.type == "cuda"
+            return evaluate(model, rows[split], augment, accelerator, config.per_device_eval_batch_size, in_bf16_here)
 
     def validate(done: int) -> dict[str, Evaluation]:
         """The results of the raw and of the averaged weights, logged and shown."""
@@ -274,16 +281,13 @@ def train(
         if main_process:
             network.save_pretrained(folder, state_dict=dict(denormalize_head(weights, labels)))
 
-    batches = rows["train"].training(batch_size, accumulation, first_step)
+    batches = augmented_batches(rows["train"], augment, config, first_step, meter.waiting)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", disable=not main_process)
     model.train()
     with signals_noted() as signals, progress:
         for step in range(first_step, total_steps):
             for batch in range(accumulation):
-                with meter.waiting():
-                    pixels, targets = next(batches)
-                torch.manual_seed(seed_for(config.seed, step, batch, rank))
-                x, targets = augment(pixels, targets)
+                x, targets = next(batches)
                 with contextlib.nullcontext() if batch + 1 == accumulation else accelerator.no_sync(model):
                     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=in_bf16):
                         logits = model(x).logits
@@ -477,6 +481,8 @@ def main(arguments: list[str] | None = None):
     devices = f"{accelerator.num_processes} x {accelerator.device}"
     accelerator.print(f"ViTSimple: {network.num_parameters():,} parameters, {devices}")
     augment = augment.to(accelerator.device)
+    if config.torch_compile and accelerator.device.type == "cuda":
+        augment.compile()
     try:
         if config.eval_only:
             evaluate_only(config, accelerator, network, rows, augment)

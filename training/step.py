@@ -1,19 +1,27 @@
 """What keeps a training step from waiting: compiled pieces, and batches that are augmented while others compute."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+from accelerate import Accelerator
 
+from ..configuration_vit_simple import pair
 from ..data.augment import Augment
+from ..data.dataloader import MapStyleSplit, seed_for
+from ..data.streaming import StreamingSplit
 from ..modeling_vit_simple import ViTSimpleForImageClassification
+from .config import TrainConfig
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 def compile_blocks(network: ViTSimpleForImageClassification):
     """Compiles the blocks, which share one program for training and one for evaluation.
 
-    The whole model as one program runs no faster and takes many times as long to compile. Blocks that drop paths at
-    different rates have a program each, of which there may be more than the compiler's default limit.
+    The whole model as one program takes several times as long to compile. Blocks that drop paths at different rates
+    have a program each, of which there may be more than the compiler's default limit.
     """
     limit = 4 * len(network.blocks)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
@@ -21,31 +29,59 @@ def compile_blocks(network: ViTSimpleForImageClassification):
         block.compile()
 
 
+def can_capture(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether `capture` suits a run."""
+    one = accelerator.num_processes == 1 and config.gradient_accumulation_steps == 1
+    return config.torch_compile and accelerator.device.type == "cuda" and one and not config.gradient_checkpointing
+
+
+def capture(network: ViTSimpleForImageClassification, batch_size: int, in_bf16: bool):
+    """Records the forward and the backward pass on a GPU, so that a step launches each of them as a whole.
+
+    For training batches of one size, one batch in a step and one process. Evaluation is not recorded.
+    """
+    config, device = network.config, network.head.weight.device
+    height, width = pair(config.image_size)
+    pixels = torch.zeros(batch_size, config.num_channels, height, width, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16, cache_enabled=False):
+        torch.cuda.make_graphed_callables(network.train(), (pixels,), allow_unused_input=True)
+
+
 def augmented_batches(
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    rows: MapStyleSplit | StreamingSplit,
     augment: Augment,
-    seeds: Iterator[int],
+    config: TrainConfig,
+    first_step: int,
     waiting: Callable[[], AbstractContextManager],
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Augments each batch, with its seed for these draws and for those of the step that follows.
+) -> Batches:
+    """Augmented training batches from a step on, without end: images (B, C, H, W) and targets (B, K) on the device.
+
+    The seed of a batch decides its augmentation and what the model draws after it. On a GPU a batch is made on a stream
+    of its own while the batch before is computed, but not from a stream of rows, whose place is that of the last batch.
 
     Args:
-        batches: uint8 pixels (B, C, H, W) and labels, on the device.
-        waiting: a context that measures the time spent waiting for `batches`.
+        waiting: a context that measures the time spent waiting for rows.
     """
-    for seed in seeds:
-        with waiting():
-            pixels, labels = next(batches)
-        torch.manual_seed(seed)
-        yield augment(pixels, labels)
+    accumulation = config.gradient_accumulation_steps
+    batches = rows.training(config.per_device_train_batch_size, accumulation, first_step)
+
+    def augmented() -> Batches:
+        for number in itertools.count(first_step * accumulation):
+            with waiting():
+                pixels, labels = next(batches)
+            torch.manual_seed(seed_for(config.seed, *divmod(number, accumulation), rows.context.rank))
+            yield augment(pixels, labels)
+
+    device = rows.context.device
+    return prefetched(augmented(), device) if device.type == "cuda" and not config.streaming else augmented()
 
 
-def prefetched(batches: Iterator[tuple[torch.Tensor, ...]], device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same batches, each made on a stream of its own while the step before computes; on a GPU."""
+def prefetched(batches: Batches, device: torch.device) -> Batches:
+    """The same batches, one ahead, each made on a stream of its own."""
     side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(main)
 
-    def make() -> tuple[torch.Tensor, ...]:
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
         with torch.cuda.stream(side):
             return next(batches)
 
