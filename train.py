@@ -207,7 +207,7 @@ def train(
     optimizers = build_optimizers(network, config.learning_rate, config.weight_decay, config.layer_decay, muon_rate)
     model, *optimizers = accelerator.prepare(network, *optimizers)
     if can_capture(config, accelerator):
-        capture(network, batch_size, in_bf16)
+        accelerator.print(f"compiled in {capture(network, batch_size, in_bf16):.0f} s")
     averaged = None if config.ema_decay is None else EMA(network, config.ema_decay)
     if config.report_to:
         accelerator.project_configuration.logging_dir = str(folder)

@@ -8,7 +8,7 @@ The sides take turns, in another order each round; a ratio is that of medians, a
 between the quartiles. The ceiling is a large square matrix product, measured here: what a network reaches of it are the
 operations of its matrix products over time, for the peers those of ours with all tokens to the end. A training step is
 forward, loss, backward and fused AdamW. bfloat16 is autocast in training and the weights' own type in inference. Ways:
-eager; compiled, by torch.compile (max-autotune on a GPU); fast, by vit_simple.inference.compiling; bf16 and, of
+eager; compiled, by torch.compile; fast, by vit_simple.inference.compiling; bf16 and, of
 ours alone, int8, by that, too. `benchmarks/peers.py` tells how to bring the peers.
 """
 
@@ -86,7 +86,7 @@ def training(network: nn.Module, pixels: torch.Tensor, autocast: bool, compiled:
         return F.cross_entropy(logits.float(), labels)
 
     if compiled:
-        loss_of = torch.compile(loss_of, mode=mode_of(pixels.device))
+        loss_of = torch.compile(loss_of, dynamic=False)
 
     def step():
         loss_of(pixels, labels).backward()
@@ -94,10 +94,6 @@ def training(network: nn.Module, pixels: torch.Tensor, autocast: bool, compiled:
         optimizer.zero_grad()
 
     return step
-
-
-def mode_of(device: torch.device) -> str | None:
-    return "max-autotune" if device.type == "cuda" else None
 
 
 def memory(variant: str, image_size: int, dtype: str, device: torch.device, name: str, mode: str, batch: int) -> int:
@@ -156,7 +152,7 @@ class Case:
             expected = inference(self.networks[OURS], pixels)()
             for name, network in self.networks.items():
                 if not name.startswith("vit-pytorch"):  # which has other weights
-                    self.record_bad(name, inference(network, pixels)(), expected)
+                    self.record_difference(name, inference(network, pixels)(), expected)
                 for way in ("fast", "bf16", "int8"):
                     if way in self.ways and (way != "int8" or name == OURS):
                         self.freeze(name, way, network, pixels)
@@ -171,12 +167,12 @@ class Case:
                 raise
             self.missing[f"{name}, {way}"] = f"{type(error).__name__}: {error}".splitlines()[0]
             return
-        self.record_bad(f"{name}, {way}", self.frozen_call(name, way, pixels)(), inference(network, pixels)())
+        self.record_difference(f"{name}, {way}", self.frozen_call(name, way, pixels)(), inference(network, pixels)())
 
     def frozen_call(self, name: str, way: str, pixels: torch.Tensor):
         return inference(self.frozen[name, way], pixels.bfloat16() if way == "bf16" else pixels)
 
-    def note(self, side: str, logits: torch.Tensor, expected: torch.Tensor):
+    def record_difference(self, side: str, logits: torch.Tensor, expected: torch.Tensor):
         """How far the logits are from the expected ones, as a part of the largest of these."""
         self.differences[side] = ((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
@@ -195,7 +191,7 @@ class Case:
                 if way == "eager":
                     sides[f"{name}, {way}"] = inference(network, pixels)
                 elif way == "compiled":
-                    compiled = torch.compile(network, mode=mode_of(self.device), dynamic=False)
+                    compiled = torch.compile(network, dynamic=False)
                     sides[f"{name}, {way}"] = inference(compiled, pixels)
                 elif (name, way) in self.frozen:
                     sides[f"{name}, {way}"] = self.frozen_call(name, way, pixels)

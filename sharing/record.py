@@ -14,7 +14,7 @@ import torch
 
 from ..files import RECORD, ROOT, read_json, write_atomically
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "kornia", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy")
 
 
 def hardware() -> str:

@@ -1,6 +1,7 @@
 """What keeps a training step from waiting: compiled pieces, and batches that are augmented while others compute."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -35,16 +36,19 @@ def can_capture(config: TrainConfig, accelerator: Accelerator) -> bool:
     return config.torch_compile and accelerator.device.type == "cuda" and one and not config.gradient_checkpointing
 
 
-def capture(network: ViTSimpleForImageClassification, batch_size: int, in_bf16: bool):
-    """Records the forward and the backward pass on a GPU, so that a step launches each of them as a whole.
+def capture(network: ViTSimpleForImageClassification, batch_size: int, in_bf16: bool) -> float:
+    """Compiles and records the forward and the backward pass on a GPU, so that a step launches each as a whole.
 
-    For training batches of one size, one batch in a step and one process. Evaluation is not recorded.
+    For training batches of one size, one batch in a step and one process. Evaluation is not recorded. Returns the
+    seconds that it took.
     """
+    started = time.perf_counter()
     config, device = network.config, network.head.weight.device
     height, width = pair(config.image_size)
     pixels = torch.zeros(batch_size, config.num_channels, height, width, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16, cache_enabled=False):
         torch.cuda.make_graphed_callables(network.train(), (pixels,), allow_unused_input=True)
+    return time.perf_counter() - started
 
 
 def augmented_batches(
