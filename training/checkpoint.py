@@ -11,6 +11,7 @@ import safetensors.torch
 import yaml
 from accelerate import Accelerator
 
+from ..data.randaugment import DRAWS_VERSION
 from ..files import write_atomically
 from .config import TrainConfig
 from .optim import EMA
@@ -108,7 +109,13 @@ def refuse_another_recipe(folder: Path, recipe: dict, checkpoint: Path | None, p
     """Raises ValueError with the fields in which the recipe differs from that of the run in the folder."""
     before = asdict(TrainConfig()) | yaml.safe_load((folder / "train_config.yaml").read_text(encoding="utf-8"))
     if checkpoint is not None:
-        before["number of processes"] = json.loads((checkpoint / "state.json").read_text("utf-8"))["processes"]
+        state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+        before["number of processes"], version = state["processes"], state.get("draws", 1)
+        if recipe["randaugment_num_ops"] and version != DRAWS_VERSION:
+            raise ValueError(
+                f"--resume_from_checkpoint: expected version {DRAWS_VERSION} of RandAugment's draws, got version {version} "
+                f"in {checkpoint}: resume it with the code that began it, or begin a new run"
+            )
         recipe = recipe | {"number of processes": processes}
     names = [name for name in recipe if name not in FREE and recipe[name] != before.get(name)]
     if names:
@@ -148,7 +155,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: di
             if averages:
                 safetensors.torch.save_file(averages, aside / "ema.safetensors")
             write_atomically(
-                aside / "state.json", json.dumps({"step": step, "processes": accelerator.num_processes, **state})
+                aside / "state.json",
+                json.dumps({"step": step, "processes": accelerator.num_processes, "draws": DRAWS_VERSION, **state}),
             )
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

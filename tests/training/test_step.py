@@ -1,4 +1,4 @@
-"""What only a GPU can show; benchmarks/gpu.sh runs it there."""
+"""The fast path of a training step. Tests that need a GPU run there by benchmarks/gpu.sh."""
 
 import json
 
@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from vit_simple import ViTSimpleForImageClassification
 from vit_simple.data.augment import Augment
 from vit_simple.data.processors import open_processor
+from vit_simple.data.randaugment import DRAWS_VERSION
 from vit_simple.train import main
 from vit_simple.training.config import TrainConfig
 from vit_simple.training.setup import processor_content
@@ -86,3 +87,23 @@ def test_evaluation_in_bfloat16_agrees_with_float32(tmp_path):
         with torch.autocast("cuda", torch.bfloat16):
             rounded = network(pixels).logits.float()
     assert scored["count"] == 360 and (exact.argmax(1) == rounded.argmax(1)).float().mean() > 0.97
+
+
+def resumed_from_older_draws(folder, *options):
+    """Resumes a run whose checkpoint is from before draws had a version."""
+    run = ["--max_steps", "6", "--save_steps", "3", "--output_dir", str(folder), *options]
+    main(run)
+    state = folder / "checkpoints/step_000003/state.json"
+    older = json.loads(state.read_text())
+    assert older.pop("draws") == DRAWS_VERSION
+    state.write_text(json.dumps(older))
+    main([*run, "--resume_from_checkpoint", str(folder / "checkpoints/step_000003")])
+
+
+def test_run_without_randaugment_resumes_from_a_checkpoint_with_older_draws(tmp_path):
+    resumed_from_older_draws(tmp_path / "run", "--crop_padding", "1", "--random_erasing", "0.2", "--mixup_alpha", "0.5")
+
+
+def test_run_with_randaugment_is_not_resumed_with_other_draws(tmp_path):
+    with pytest.raises(SystemExit, match=f"expected version {DRAWS_VERSION} of RandAugment's draws, got version 1"):
+        resumed_from_older_draws(tmp_path / "run", "--randaugment_num_ops", "1")
