@@ -4,8 +4,8 @@
     python -m benchmarks.step --recipe FILE --ways eager blocks captured
 
 The images are noise: no dataset is needed. On a GPU a piece is measured between two events with nothing else running,
-so that the pieces may sum up to more than the whole step, in which the host runs ahead. Ways: eager; blocks, compiled; and
-captured, as train.py does it on a GPU: compiled blocks, forward and backward pass recorded.
+so that the pieces may sum up to more than the whole step, in which the host runs ahead. Ways: eager; blocks: compiled;
+captured: compiled blocks in recorded passes, as in train.py on a GPU.
 """
 
 import argparse

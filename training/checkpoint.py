@@ -113,8 +113,8 @@ def refuse_another_recipe(folder: Path, recipe: dict, checkpoint: Path | None, p
         before["number of processes"], version = state["processes"], state.get("draws", 1)
         if recipe["randaugment_num_ops"] and version != DRAWS_VERSION:
             raise ValueError(
-                f"--resume_from_checkpoint: expected version {DRAWS_VERSION} of RandAugment's draws, got version {version} "
-                f"in {checkpoint}: resume it with the code that began it, or begin a new run"
+                f"--resume_from_checkpoint: expected version {DRAWS_VERSION} of RandAugment's draws, got version "
+                f"{version} in {checkpoint}: resume it with the code that began it, or begin a new run"
             )
         recipe = recipe | {"number of processes": processes}
     names = [name for name in recipe if name not in FREE and recipe[name] != before.get(name)]

@@ -1,6 +1,8 @@
 """What keeps a training step from waiting: compiled pieces, and batches that are augmented while others compute."""
 
 import itertools
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -23,7 +25,12 @@ def compile_blocks(network: ViTSimpleForImageClassification):
 
     The whole model as one program takes several times as long to compile. Blocks that drop paths at different rates
     have a program each, of which there may be more than the compiler's default limit.
+
+    Raises:
+        ValueError: there is no C++ compiler, which torch.compile needs on any device.
     """
+    if "CXX" not in os.environ and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        raise ValueError("--torch_compile: expected a C++ compiler such as g++ on the PATH, got none: install one")
     limit = 4 * len(network.blocks)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     for block in network.blocks:

@@ -107,3 +107,10 @@ def test_run_without_randaugment_resumes_from_a_checkpoint_with_older_draws(tmp_
 def test_run_with_randaugment_is_not_resumed_with_other_draws(tmp_path):
     with pytest.raises(SystemExit, match=f"expected version {DRAWS_VERSION} of RandAugment's draws, got version 1"):
         resumed_from_older_draws(tmp_path / "run", "--randaugment_num_ops", "1")
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="--torch_compile: expected a C..? compiler"):
+        main(["--torch_compile", "true", "--output_dir", str(tmp_path / "run")])
