@@ -53,7 +53,7 @@ def test_augmentation_on_a_gpu_equals_that_on_the_cpu_and_never_waits(augment):
 
 
 @gpu
-def test_a_run_on_a_gpu_that_is_resumed_equals_one_that_never_stopped(tmp_path):
+def test_resumed_run_on_a_gpu_equals_one_that_never_stopped(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run = [*RUN, "--max_steps", "40", "--save_steps", "20"]
     main([*run, "--output_dir", str(whole)])
