@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vit_simple import ViTSimpleForImageClassification
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.data.augment import Augment
-from vit_simple.data.dataloader import MapStyleSplit, seed_for
+from vit_simple.data.dataloader import MapStyleSplit
 from vit_simple.data.fingerprint import fingerprint
 from vit_simple.data.labels import MULTI, REGRESSION, Labels
 from vit_simple.data.streaming import StreamingSplit
@@ -44,6 +44,7 @@ from vit_simple.training.optim import EMA, build_optimizers, schedule
 from vit_simple.training.plots import plot_run, predict_samples
 from vit_simple.training.report import print_bad_images, print_results, print_setup
 from vit_simple.training.setup import build_model, build_splits, denormalize_head, load_data
+from vit_simple.training.step import augmented_batches, can_capture, capture
 
 
 @torch.no_grad()
@@ -53,13 +54,16 @@ def evaluate(
     augment: Augment,
     accelerator: Accelerator,
     batch_size: int,
+    use_bf16: bool,
 ) -> Evaluation:
-    """One pass over a split, in float32. Called by every process."""
+    """One pass over a split, in float32 or bfloat16. Called by every process."""
     model.eval()
     labels = split.data.labels
     metrics = METRICS_OF[labels.problem_type](labels, accelerator.device)
     for pixels, targets in split.evaluation(batch_size):
-        metrics.update(model(augment.normalize(pixels)).logits.float(), targets)
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=use_bf16):
+            logits = model(augment.normalize(pixels)).logits
+        metrics.update(logits.float(), targets)
     model.train()
     return metrics.compute(accelerator)
 
@@ -103,7 +107,10 @@ def main(arguments: list[str] | None = None):
     processor = next(iter(splits.values())).decode.processor
     augment = Augment(processor, len(data.labels.class_names), **config.group("augmentation")).to(accelerator.device)
     print_setup(accelerator, splits, raw_model, config.dataset_name)
-    eval_options = augment, accelerator, config.per_device_eval_batch_size
+    use_bf16, on_gpu = mixed_precision_of(config) == "bf16", accelerator.device.type == "cuda"
+    if config.torch_compile and on_gpu:
+        augment.compile()
+    eval_options = augment, accelerator, config.per_device_eval_batch_size, use_bf16 and on_gpu
     if config.eval_only:
         model = accelerator.prepare(raw_model)
         results = {name: evaluate(model, split, *eval_options) for name, split in splits.items()}
@@ -119,10 +126,11 @@ def main(arguments: list[str] | None = None):
     total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
     eval_steps = config.eval_steps or steps_per_epoch
     loss_fn = criterion(data.labels, data.labels.weights().to(accelerator.device) if config.class_weights else None)
-    use_bf16 = mixed_precision_of(config) == "bf16"
     muon_lr = config.muon_learning_rate if config.optim == "muon" else None
     optimizers = build_optimizers(raw_model, config.learning_rate, config.weight_decay, config.layer_decay, muon_lr)
     model, *optimizers = accelerator.prepare(raw_model, *optimizers)
+    if can_capture(config, accelerator):
+        accelerator.print(f"compiled in {capture(raw_model, batch_size, use_bf16):.0f} s")
     ema = EMA(raw_model, config.ema_decay)
     if config.report_to:
         accelerator.project_configuration.logging_dir = str(folder)
@@ -146,17 +154,13 @@ def main(arguments: list[str] | None = None):
 
     # The loop
 
-    batches = splits["train"].training(batch_size, accumulation, first_step)
+    batches = augmented_batches(splits["train"], augment, config, first_step, meter.waiting)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", disable=not is_main)
     model.train()
     with command_errors("train.py", advice), catch_signals() as signals, progress:
         for step in range(first_step, total_steps):
             for micro_step in range(accumulation):
-                with meter.waiting():
-                    pixels, labels = next(batches)
-                # A repeated step draws the same random numbers.
-                torch.manual_seed(seed_for(config.seed, step, micro_step, accelerator.process_index))
-                x, targets = augment(pixels, labels)
+                x, targets = next(batches)
                 is_last = micro_step + 1 == accumulation
                 with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
                     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=use_bf16):

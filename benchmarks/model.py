@@ -10,7 +10,7 @@ operations of the model's matrix products (for peers, those of ours if the last 
 A training step is forward, loss, backward and fused AdamW. bfloat16 means autocast in training, and weights in bfloat16
 in inference.
 
-Backends: eager; compiled, by torch.compile (max-autotune on a GPU); aot, by vit_simple.inference.compiling; bf16, the
+Backends: eager; compiled, by torch.compile; aot, by vit_simple.inference.compiling; bf16, the
 same in bfloat16; int8, the same in int8, for our model only. `benchmarks/peers.py` says how to install the peers.
 """
 
@@ -89,7 +89,7 @@ def training_step(model: nn.Module, pixels: torch.Tensor, autocast: bool, compil
         return F.cross_entropy(logits.float(), labels)
 
     if compiled:
-        loss_of = torch.compile(loss_of, mode=mode_of(pixels.device))
+        loss_of = torch.compile(loss_of, dynamic=False)
 
     def step():
         loss_of(pixels, labels).backward()
@@ -97,10 +97,6 @@ def training_step(model: nn.Module, pixels: torch.Tensor, autocast: bool, compil
         optimizer.zero_grad()
 
     return step
-
-
-def mode_of(device: torch.device) -> str | None:
-    return "max-autotune" if device.type == "cuda" else None
 
 
 def memory(variant: str, image_size: int, dtype: str, device: torch.device, name: str, mode: str, batch: int) -> int:
@@ -202,7 +198,7 @@ class Case:
                 if backend == "eager":
                     calls[f"{name}, {backend}"] = inference_call(model, pixels)
                 elif backend == "compiled":
-                    compiled = torch.compile(model, mode=mode_of(self.device), dynamic=False)
+                    compiled = torch.compile(model, dynamic=False)
                     calls[f"{name}, {backend}"] = inference_call(compiled, pixels)
                 elif (name, backend) in self.aot:
                     calls[f"{name}, {backend}"] = self.aot_call(name, backend, pixels)

@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..files import RECORD, ROOT, read_json, write_atomically
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "kornia", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy")
 
 
 def processor_name() -> str:

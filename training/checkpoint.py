@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from ..data.dataloader import MapStyleSplit
+from ..data.randaugment import DRAWS_VERSION
 from ..data.streaming import StreamingSplit
 from ..files import RunError, errors_that_name, is_machine_failure
 from ..modeling_vit_simple import ViTSimpleForImageClassification
@@ -124,6 +125,7 @@ class Checkpoints:
             "loss_sums": accelerator.gather(self.meter.loss_sum).tolist(),
             "bad_images": gather_bad_images(self.splits),
             "data": self.data,
+            "draws": DRAWS_VERSION,
         }
         if isinstance(self.splits["train"], StreamingSplit):
             state["places"] = gather_object([self.splits["train"].state_dict()])

@@ -90,6 +90,12 @@ class TrainConfig:
     model_name_or_path: str | None = option(
         "model", None, None, "folder or Hub id of a checkpoint to fine-tune or evaluate (default: train from scratch)"
     )
+    initialization: str = option(
+        "model",
+        "random",
+        ("random", "mimetic"),
+        "mimetic: attention starts like that of trained models",
+    )
     drop_path_rate: float | None = option(
         "model", None, "[0, 1)", "stochastic depth rate of the last block (default: 0, or the checkpoint's)"
     )
@@ -199,6 +205,10 @@ class TrainConfig:
                         f"--{name} cannot be combined with --model_name_or_path: "
                         "the checkpoint defines the architecture"
                     )
+            if self.initialization != "random":
+                raise UserError(
+                    "--initialization cannot be combined with --model_name_or_path: the checkpoint has its weights"
+                )
             if self.crop_pct is not None:
                 raise UserError(
                     "--crop_pct cannot be combined with --model_name_or_path: the checkpoint's image processor is used"

@@ -12,6 +12,7 @@ import yaml
 
 from ..data.fingerprint import differences
 from ..data.loading import local_path
+from ..data.randaugment import DRAWS_VERSION
 from ..files import UserError, check_types, read_text, write_atomically
 from .config import OPTIONS, TrainConfig
 from .integrity import NAME, UNFINISHED, latest_checkpoint, open_checkpoint
@@ -126,7 +127,7 @@ def open_folder(config: TrainConfig, processes: int, data: dict[str, int | str])
     if config.resume_from_checkpoint != "latest":
         checkpoint = folder / "checkpoints" / Path(os.path.abspath(config.resume_from_checkpoint)).name
     if checkpoint is not None:
-        check_checkpoint(checkpoint, processes, data)
+        check_checkpoint(checkpoint, processes, data, config.randaugment_num_ops > 0)
     return folder, checkpoint
 
 
@@ -172,13 +173,19 @@ def check_recipe(folder: Path, recipe: dict):
         raise UserError(f"cannot resume {folder} with other options: {changes}")
 
 
-def check_checkpoint(checkpoint: Path, processes: int, data: dict[str, int | str]):
-    """Raises UserError if the checkpoint is damaged, or is of another dataset or number of processes."""
+def check_checkpoint(checkpoint: Path, processes: int, data: dict[str, int | str], uses_randaugment: bool):
+    """Raises UserError if the checkpoint is damaged, or is of another dataset, number of processes or RandAugment."""
     state = open_checkpoint(checkpoint)
     run = checkpoint.parent.parent
     if state["processes"] != processes:
         was = f"number of processes was {state['processes']}, is now {processes}"
         raise UserError(f"cannot resume {run} with other options: {was}")
+    version = state.get("draws", 1)
+    if uses_randaugment and version != DRAWS_VERSION:
+        raise UserError(
+            f"cannot resume {run}: it was trained with version {version} of RandAugment's random numbers, and this is "
+            f"version {DRAWS_VERSION}; resume it with the code that started it, or start a new run"
+        )
     if state.get("data") is None:
         print(
             f"warning: {checkpoint} was saved by an earlier version, without hashes: "

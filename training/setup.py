@@ -22,6 +22,8 @@ from ..files import UserError
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .config import TrainConfig, unknown
 from .devices import build_loader_context, on_main_process, require_memory
+from .initialization import initialize_mimetic
+from .step import compile_blocks
 
 
 def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
@@ -108,6 +110,8 @@ def build_model(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSi
         model_config = build_model_config(config, labels, channels)
         require_model_and_batch(config, model_config)
         model = ViTSimpleForImageClassification(model_config)
+        if config.initialization == "mimetic":
+            initialize_mimetic(model)
     else:
         model = load_model(config)
         require_model_and_batch(config, model.config)
@@ -123,7 +127,7 @@ def build_model(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSi
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if config.torch_compile:
-        model.compile()
+        compile_blocks(model)
     return model
 
 

@@ -1,11 +1,17 @@
+import kornia.augmentation
+import kornia.enhance
+import kornia.geometry
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vit_simple.data.augment import OPERATIONS, Augment, rand_augment
+from vit_simple.data.augment import Augment, draw_affine, draw_erase, draw_mix
 from vit_simple.data.collator import TrainerCollator, mark_for_augmentation
 from vit_simple.data.processors import open_processor
+from vit_simple.data.randaugment import OPERATIONS, RandAugment, warp
 from vit_simple.training.config import OPTIONS, TrainConfig
 from vit_simple.training.setup import processor_content
 
@@ -95,62 +101,205 @@ def test_a_plain_image_stays_plain_up_to_its_border(processor):
 # RandAugment
 
 
+def gray_outside(function, x, amount):
+    return function(x - 0.5, amount) + 0.5
+
+
+def along(axis: int, amount: torch.Tensor) -> torch.Tensor:
+    return F.pad(amount[:, None], (axis, 1 - axis))
+
+
+def stretched(x, kind: str):
+    """AutoContrast and Equalize by their definition, one channel after the other."""
+    result = x.clone()
+    for channel, out in zip(x.flatten(0, 1), result.flatten(0, 1)):
+        levels = (channel * 255).round()
+        if kind == "AutoContrast":
+            out.copy_((levels - levels.min()) / (levels.max() - levels.min()))
+        else:
+            below = (levels.flatten() <= levels[..., None]).sum(-1)  # (H, W)
+            out.copy_((below - below.min()) / (below.max() - below.min()))
+    return result
+
+
+SINGLE = {  # kornia's operations on x with a strength for each image
+    "Identity": lambda x, s: x,
+    "AutoContrast": lambda x, s: stretched(x, "AutoContrast"),
+    "Equalize": lambda x, s: stretched(x, "Equalize"),
+    "Posterize": lambda x, s: kornia.enhance.posterize(x, 8 - round(4 * s[0].abs().item())),
+    "Solarize": lambda x, s: kornia.enhance.solarize(x, 1 - s.abs()),
+    "Brightness": lambda x, s: kornia.enhance.adjust_brightness_accumulative(x, 1 + 0.9 * s),
+    "Color": lambda x, s: kornia.enhance.adjust_saturation_with_gray_subtraction(x, 1 + 0.9 * s),
+    "Contrast": lambda x, s: kornia.enhance.adjust_contrast_with_mean_subtraction(x, 1 + 0.9 * s),
+    "Sharpness": lambda x, s: kornia.enhance.sharpness(x, 1 + 0.9 * s),
+    "Rotate": lambda x, s: gray_outside(kornia.geometry.rotate, x, 30 * s),
+    "ShearX": lambda x, s: gray_outside(kornia.geometry.shear, x, along(0, 0.3 * s)),
+    "ShearY": lambda x, s: gray_outside(kornia.geometry.shear, x, along(1, 0.3 * s)),
+    "TranslateX": lambda x, s: gray_outside(kornia.geometry.translate, x, along(0, 0.45 * x.shape[3] * s)),
+    "TranslateY": lambda x, s: gray_outside(kornia.geometry.translate, x, along(1, 0.45 * x.shape[2] * s)),
+}
+
+
+def images(count: int, height: int = 16, width: int = 16) -> torch.Tensor:
+    """Images whose values are levels of 8 bits."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(20, 220, (count, 3, height, width), generator=generator) / 255
+
+
+def applied(x: torch.Tensor, names: list[str], direction: int, magnitude: float) -> torch.Tensor:
+    """x after the same operations for all images, one in each round; direction 1 or -1."""
+    augment = RandAugment(len(names), magnitude)
+    drawn = [[2 * OPERATIONS.index(name) + (direction < 0)] * len(x) for name in names]
+    return augment(x, torch.from_numpy(augment.table(np.array(drawn), *x.shape[2:])).float())
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_does_what_its_name_says(name):
-    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
-    strong = OPERATIONS[name](x, torch.ones(4))
-    assert strong.shape == x.shape and torch.isfinite(strong).all()
-    gray = (strong == 0.5).all(1)  # (B, H, W), where the image has moved away
-    expected = {
-        "Identity": lambda: torch.equal(strong, x),
-        "AutoContrast": lambda: strong.amin((2, 3)).max() < 1e-4 and strong.amax((2, 3)).min() > 1 - 1e-4,
-        "Equalize": lambda: (strong.sort(-1)[0].mean() - 0.5).abs() < 0.02 and strong.std() > 1.4 * x.std(),
-        "Posterize": lambda: len((strong * 255).round().unique()) <= 16 and (strong - x).abs().max() < 16.5 / 255,
-        "Solarize": lambda: torch.allclose(strong, 1 - x),
-        "Brightness": lambda: torch.allclose(strong, (1.9 * x).clamp(max=1)),
-        "Color": lambda: strong.std(1).mean() > 1.5 * x.std(1).mean(),
-        "Contrast": lambda: strong.std() > 1.5 * x.std(),
-        "Sharpness": lambda: strong.diff(dim=3).abs().mean() > 1.2 * x.diff(dim=3).abs().mean(),
-        "Rotate": lambda: gray[:, 0, 0].all() and gray[:, -1, -1].all() and not gray[:, 7:9, 7:9].any(),
-        "ShearX": lambda: torch.allclose(strong[:, :, 7:9].mean(), x[:, :, 7:9].mean(), atol=0.02),
-        "ShearY": lambda: torch.allclose(strong[:, :, :, 7:9].mean(), x[:, :, :, 7:9].mean(), atol=0.02),
-        "TranslateX": lambda: (
-            torch.allclose(strong[:, :, :, :7], torch.tensor(0.5)) and strong[:, :, :, 9:].std() > 0.1
-        ),
-        "TranslateY": lambda: torch.allclose(strong[:, :, :7], torch.tensor(0.5)) and strong[:, :, 9:].std() > 0.1,
-    }
-    assert expected[name]()
+@pytest.mark.parametrize("shape", [(16, 16), (12, 20)])
+def test_operation_equals_kornias_to_half_a_level(name, shape):
+    x = images(6, *shape)
+    for magnitude in (9.0, 4.0, 0.0):
+        for direction in (1, -1):
+            expected = SINGLE[name](x, torch.full((6,), direction * magnitude / 10)).clamp(0, 1)
+            found = applied(x, [name], direction, magnitude)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0.505 / 255, msg=f"{magnitude} {direction}")
 
 
-@pytest.mark.parametrize("name", sorted(set(OPERATIONS) - {"Identity", "AutoContrast", "Equalize", "Posterize"}))
-def test_an_operation_without_strength_changes_nothing(name):
-    x = torch.rand(2, 3, 16, 16)
-    torch.testing.assert_close(OPERATIONS[name](x, torch.zeros(2)), x, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("names", [["Contrast", "Rotate"], ["Rotate", "Contrast"], ["Equalize", "Solarize"]])
+def test_two_operations_keep_their_order(names):
+    x, strength = images(6), torch.full((6,), 0.9)
+    expected = SINGLE[names[1]](SINGLE[names[0]](x, strength).clamp(0, 1), strength).clamp(0, 1)
+    difference = (applied(x, names, 1, 9.0) - expected).abs()  # a level may be rounded before it is inverted
+    assert (difference > 1.5 / 255).float().mean() < 0.01
+
+
+def test_two_geometric_operations_are_one_interpolation():
+    x = images(6)
+    there = applied(x, ["Rotate", "TranslateX"], 1, 9.0)
+    twice = SINGLE["TranslateX"](SINGLE["Rotate"](x, torch.full((6,), 0.9)), torch.full((6,), 0.9))
+    smooth = F.avg_pool2d(there - twice, 5)  # the second interpolation blurs, the place is the same
+    assert smooth.abs().mean() < 0.02 and there.std() > twice.std()
 
 
 @pytest.mark.parametrize("name", ["AutoContrast", "Equalize"])
-def test_a_channel_of_one_level_has_nothing_to_stretch(name):
-    x = torch.full((2, 3, 16, 16), 0.8)
-    assert torch.equal(OPERATIONS[name](x, torch.ones(2)), x)
+def test_channel_of_one_level_has_nothing_to_stretch(name):
+    x = torch.full((2, 3, 16, 16), 204 / 255)
+    assert torch.equal(applied(x, [name], 1, 9.0), x)
+
+
+def test_randaugment_draws_every_operation_and_direction_equally_often():
+    augment, count = RandAugment(2, 9.0), 28 * 2000
+    torch.manual_seed(0)
+    drawn = augment.draw(count, 8, 8)[6:8].astype(int)
+    for row in drawn:
+        counts = np.bincount(row, minlength=28)
+        assert len(counts) == 28 and (abs(counts - 2000) < 5 * 2000**0.5).all()
+    pairs = np.bincount(28 * drawn[0] + drawn[1], minlength=28**2)
+    assert ((pairs - count / 28**2) ** 2 / (count / 28**2)).sum() < 28**2 + 5 * (2 * 28**2) ** 0.5
+
+
+def test_randaugment_of_many_draws_has_the_mean_and_the_spread_of_kornias_operations():
+    x, count = images(1), 28 * 300
+    torch.manual_seed(0)
+    augment = RandAugment(1, 9.0)
+    found = augment(x.expand(count, -1, -1, -1), torch.from_numpy(augment.draw(count, 16, 16)).float())
+    single = [SINGLE[name](x, torch.tensor([sign * 0.9])).clamp(0, 1) for name in OPERATIONS for sign in (1, -1)]
+    expected = torch.cat(single)
+    error = expected.std(0) / count**0.5
+    assert ((found.mean(0) - expected.mean(0)).abs() < 5 * error + 0.5 / 255).all()
+    torch.testing.assert_close(found.std(0), expected.std(0, correction=0), rtol=0.1, atol=0.5 / 255)
 
 
 def test_images_of_a_batch_are_changed_as_each_would_be_alone():
-    x = torch.rand(8, 3, 16, 16)
-    strength = torch.tensor([1.0, -1.0]).repeat(4) * 0.7
-    for name, operation in OPERATIONS.items():
-        alone = torch.cat([operation(x[i : i + 1], strength[i : i + 1]) for i in range(8)])
-        torch.testing.assert_close(operation(x, strength), alone, msg=name)
+    x, augment = images(40), RandAugment(2, 9.0)
+    torch.manual_seed(0)
+    drawn = torch.randint(28, (2, 40)).numpy()
+    together = augment(x, torch.from_numpy(augment.table(drawn, 16, 16)).float())
+    for row in range(40):
+        alone = augment(x[row : row + 1], torch.from_numpy(augment.table(drawn[:, row : row + 1], 16, 16)).float())
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1.01 / 255)
 
 
-def test_randaugment_draws_an_operation_for_each_image():
-    same = torch.rand(1, 3, 16, 16).expand(64, -1, -1, -1)
-    changed = rand_augment(same, 1, 9.0)
-    assert 10 < len(changed.flatten(1).unique(dim=0)) <= 2 * len(OPERATIONS)
-    assert changed.min() >= 0 and changed.max() <= 1
-    assert len(rand_augment(same, 2, 9.0).flatten(1).unique(dim=0)) > 40
+# The operations that are dispatched
 
 
-# Erasing and mixing
+EVERYTHING = {"crop_padding": 2, "horizontal_flip": 0.5, "affine_degrees": 15, "affine_translate": 0.1}
+EVERYTHING |= {"randaugment_num_ops": 2, "random_erasing": 0.5, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+EVERYTHING |= {"label_smoothing_factor": 0.1}
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"}
+VIEWS |= {"detach", "alias", "as_strided", "_reshape_alias", "unfold", "split", "unbind"}
+WAITING = {"nonzero", "_local_scalar_dense", "masked_select", "item", "is_nonzero", "unique", "_unique2", "bincount"}
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of the operations that are dispatched, except views; fails for one that waits for its device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1]
+        assert name not in WAITING
+        if name == "index":
+            assert not any(item is not None and item.dtype == torch.bool for item in args[1]), "indexed by a mask"
+        if name not in VIEWS:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [32, 512])
+def test_batch_with_everything_on_dispatches_at_most_150_operations_and_never_waits(processor, batch):
+    pixels = torch.randint(0, 256, (batch, 3, 16, 16), dtype=torch.uint8)
+    augment = Augment(processor, 5, **EVERYTHING)
+    with Dispatched() as seen:
+        augment(pixels, torch.arange(batch) % 5)
+    assert len(seen.names) <= 150
+
+
+def test_augmentation_compiles_as_one_region(processor, pixels):
+    augment = Augment(processor, 5, **EVERYTHING)
+    draws = augment.draw(pixels)
+    whole = torch.compile(augment.apply_draws, backend="eager", fullgraph=True)
+    for found, expected in zip(whole(pixels, LABELS, *draws), augment.apply_draws(pixels, LABELS, *draws)):
+        torch.testing.assert_close(found, expected)
+
+
+# Erasing, affine maps and mixing
+
+
+def test_affine_map_equals_kornias():
+    x, options = images(200), {"degrees": 20.0, "translate": 0.2, "scale": 0.3, "shear": 10.0}
+    theirs = kornia.augmentation.RandomAffine(20.0, (0.2, 0.2), (0.7, 1.3), 10.0, padding_mode="border", p=1.0)
+    torch.manual_seed(0)
+    expected = theirs(x)
+    torch.manual_seed(0)
+    maps = torch.from_numpy(draw_affine(200, 16, 16, **options)).float()
+    torch.testing.assert_close(warp(x, maps, "border"), expected, rtol=0, atol=1e-4)
+
+
+def test_erased_rectangles_have_the_areas_and_ratios_of_the_paper():
+    torch.manual_seed(0)
+    _, _, half_height, half_width = draw_erase(20_000, 100, 100, 0.25)
+    erased = half_height > 0
+    assert abs(erased.mean() - 0.25) < 0.02
+    height, width = 2 * half_height[erased], 2 * half_width[erased]
+    inside = (height < 100) & (width < 100)
+    area, ratio = (height * width)[inside] / 100**2, np.log(height / width)[inside]
+    assert area.min() > 0.015 and area.max() < 0.345 and abs(np.median(area) - 0.17) < 0.01
+    assert abs(ratio).max() < np.log(3.3) + 0.15 and abs(ratio.mean()) < 0.03
+
+
+def test_mixed_images_keep_what_the_beta_distributions_draw():
+    betas = {"mixup": torch.distributions.Beta(0.8, 0.8), "cutmix": torch.distributions.Beta(1.0, 1.0)}
+    torch.manual_seed(0)
+    kept, _, _, half_height, half_width = draw_mix(40_000, 100, 100, betas)
+    cut = half_height > 0
+    assert abs(cut.mean() - 0.5) < 0.02 and (kept[cut] == 1).all() and (half_width[cut] > 0).all()
+    area = 4 * (half_height * half_width)[cut] / 100**2  # 1 - Beta(1, 1) is uniform
+    quantiles = np.array([0.1, 0.25, 0.5, 0.75, 0.9])
+    assert abs(np.quantile(area, quantiles) - quantiles).max() < 0.02
+    expected = np.quantile(betas["mixup"].sample((40_000,)).numpy(), quantiles)
+    assert abs(np.quantile(kept[~cut & (kept < 1)], quantiles) - expected).max() < 0.02
 
 
 def test_erasing_leaves_all_but_a_rectangle(processor, pixels):

@@ -17,7 +17,7 @@ from vit_simple.files import UserError, read_metrics
 from vit_simple.train import main
 from vit_simple.training.integrity import complete_checkpoints, write_sums
 
-MODEL = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
+MODEL = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
 OPTIONS = ["--dataset_name", DIGITS, "--model", MODEL, "--max_train_samples", "64", "--max_eval_samples", "16"]
 OPTIONS += ["--max_steps", "7", "--save_steps", "2", "--per_device_train_batch_size", "16", "--ema_decay", "0.9"]
 

@@ -1,0 +1,106 @@
+"""What keeps a training step from waiting: compiled pieces, and batches that are augmented while others compute."""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+
+from ..configuration_vit_simple import pair
+from ..data.augment import Augment
+from ..data.dataloader import MapStyleSplit, seed_for
+from ..data.streaming import StreamingSplit
+from ..files import UserError
+from ..modeling_vit_simple import ViTSimpleForImageClassification
+from .config import TrainConfig
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+def compile_blocks(model: ViTSimpleForImageClassification):
+    """Compiles the blocks, which share one program for training and one for evaluation.
+
+    The whole model as one program takes several times as long to compile. Blocks that drop paths at different rates
+    have a program each, of which there may be more than the compiler's default limit.
+
+    Raises:
+        UserError: there is no C++ compiler, which torch.compile needs on any device.
+    """
+    if "CXX" not in os.environ and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        raise UserError("--torch_compile needs a C++ compiler such as g++ on the PATH: install one")
+    limit = 4 * len(model.blocks)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    for block in model.blocks:
+        block.compile()
+
+
+def can_capture(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether `capture` suits a run."""
+    one = accelerator.num_processes == 1 and config.gradient_accumulation_steps == 1
+    return config.torch_compile and accelerator.device.type == "cuda" and one and not config.gradient_checkpointing
+
+
+def capture(model: ViTSimpleForImageClassification, batch_size: int, in_bf16: bool) -> float:
+    """Compiles and records the forward and the backward pass on a GPU, so that a step launches each as a whole.
+
+    For training batches of one size, one batch in a step and one process. Evaluation is not recorded. Returns the
+    seconds that it took.
+    """
+    started = time.perf_counter()
+    config, device = model.config, model.head.weight.device
+    height, width = pair(config.image_size)
+    pixels = torch.zeros(batch_size, config.num_channels, height, width, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16, cache_enabled=False):
+        torch.cuda.make_graphed_callables(model.train(), (pixels,), allow_unused_input=True)
+    return time.perf_counter() - started
+
+
+def augmented_batches(
+    rows: MapStyleSplit | StreamingSplit,
+    augment: Augment,
+    config: TrainConfig,
+    first_step: int,
+    waiting: Callable[[], AbstractContextManager],
+) -> Batches:
+    """Augmented training batches from a step on, without end: images (B, C, H, W) and targets (B, K) on the device.
+
+    The seed of a batch decides its augmentation and what the model draws after it. On a GPU a batch is made on a stream
+    of its own while the batch before is computed, but not from a stream of rows, whose place is that of the last batch.
+
+    Args:
+        waiting: a context that measures the time spent waiting for rows.
+    """
+    accumulation = config.gradient_accumulation_steps
+    batches = rows.training(config.per_device_train_batch_size, accumulation, first_step)
+
+    def augmented() -> Batches:
+        for number in itertools.count(first_step * accumulation):
+            with waiting():
+                pixels, labels = next(batches)
+            torch.manual_seed(seed_for(config.seed, *divmod(number, accumulation), rows.context.rank))
+            yield augment(pixels, labels)
+
+    device = rows.context.device
+    return prefetched(augmented(), device) if device.type == "cuda" and not config.streaming else augmented()
+
+
+def prefetched(batches: Batches, device: torch.device) -> Batches:
+    """The same batches, one ahead, each made on a stream of its own."""
+    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(main)
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.cuda.stream(side):
+            return next(batches)
+
+    ready = make()
+    while True:
+        main.wait_stream(side)
+        for tensor in ready:
+            tensor.record_stream(main)
+        current, ready = ready, make()
+        yield current
