@@ -20,7 +20,7 @@ if [ "${2:-}" = --rehearse ]; then
     tiny+=(--torch_compile false --variant Ti/16 --image_size 32)
     kept=$runs/kept short=(--max_steps 4 --eval_steps 2 --save_steps 2 "${tiny[@]}")
     epochs=(--max_steps 6 "${tiny[@]}")
-    steps=(--batch_sizes 2 --rounds 1 --backends eager) compiled=(--backends eager)
+    steps=(--recipe recipes/digits.yaml --batch_sizes 8 --rounds 2 --backends eager) compiled=(--backends eager)
     peers=(--variants Ti/16 --image_sizes 32 --batch_sizes 2 --rounds 2 --modes inference)
     mkdir -p "$kept"
 fi

@@ -1,7 +1,7 @@
 """Where the time of a training step goes: milliseconds of each piece, and the operations it dispatches.
 
     python -m benchmarks.step                              # recipes/cifar10.yaml on this machine's GPU, or on its CPU
-    python -m benchmarks.step --recipe FILE --ways eager blocks captured
+    python -m benchmarks.step --recipe FILE --backends eager blocks captured
 
 The images are noise: no dataset is needed. On a GPU a piece is measured between two events with nothing else running,
 so that the pieces may sum up to more than the whole step, in which the host runs ahead. Ways: eager; blocks: compiled;
@@ -144,7 +144,7 @@ def measure(config: TrainConfig, device: torch.device, way: str, rounds: int) ->
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="recipes/cifar10.yaml")
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--backends", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--batch_sizes", nargs="+", type=int, help="default: the recipe's")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -153,7 +153,7 @@ def main():
     device, report = torch.device(arguments.device), {**machine(), "rows": []}
     print(told(report))
     for batch in arguments.batch_sizes or [None]:
-        for way in arguments.ways:
+        for way in arguments.backends:
             size = [] if batch is None else ["--per_device_train_batch_size", str(batch)]
             config = parse_config([arguments.recipe, *size])
             row = {"batch": config.per_device_train_batch_size, **measure(config, device, way, arguments.rounds)}
