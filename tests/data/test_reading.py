@@ -148,6 +148,16 @@ def test_folder_that_is_away_for_a_moment_loses_no_image(tmp_path, renamed):
     assert not split.bad
 
 
+def test_missing_files_are_bad_images_and_cost_no_more_than_one_wait(tmp_path, monkeypatch):
+    (tmp_path / "there.png").touch()
+    waits = []
+    monkeypatch.setattr(reading.time, "sleep", waits.append)
+    for path in [f"{number}.png" for number in range(50)] + [f"nowhere/{number}.png" for number in range(50)]:
+        with pytest.raises(BadImage, match="there is no file"):
+            read_bytes({"bytes": None, "path": path}, (str(tmp_path),))
+    assert waits == list(reading.WAITS)
+
+
 def test_dataset_that_is_gone_ends_the_run(tmp_path):
     (tmp_path / "images").mkdir()
     split = images_of(data_of(photographs(tmp_path / "images"), [0, 1, 0, 1]), "train", processor(16), (16, 16))
