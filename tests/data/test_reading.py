@@ -172,7 +172,7 @@ def test_large_images_are_not_kept_at_their_full_size(tmp_path, monkeypatch, str
     for number in range(8):
         path = tmp_path / "images/train" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.new("RGB", (2500, 2500), (number * 30, 0, 0)).save(path)
+        PIL.Image.new("RGB", (50, 50), (number * 30, 0, 0)).save(path)
     data = load_image_data(str(tmp_path / "images"), validation_fraction=0, streaming=streaming)
     split = images_of(data, "train", processor(16), (16, 16))
     if streaming:
@@ -185,6 +185,8 @@ def test_large_images_are_not_kept_at_their_full_size(tmp_path, monkeypatch, str
         decoded.append(weakref.ref(image))
         return image
 
+    assert decoding.MAX_FULL_BYTES <= 32 * 2**20
+    monkeypatch.setattr(decoding, "MAX_FULL_BYTES", 1000)
     monkeypatch.setattr(decoding, "load_rgb", count)
     (batch,) = split.evaluation(8)
     assert len(alive) == 8 and max(alive) <= 1
