@@ -55,7 +55,7 @@ def ours(name: str, size: int, batch_size: int, cached: bool, augmented: bool = 
     """Endless batches of train.py: cached, cropped with padding and flipped; or decoded, cropped and flipped."""
     data = load_image_data(name, validation_fraction=0)
     processor = open_processor(processor_content(TrainConfig(), (size, size), cropped=not cached))
-    decode = Decoder(processor, (3, size, size), crop_min_area=0.0 if cached else 0.08)
+    decode = Decoder(processor, (3, size, size), crop_min_area=0.0 if cached else 0.08, sources=data.sources)
     images = MapStyleSplit(data, "train", decode, LoaderContext(torch.device("cpu")))
     if cached:
         images.cache(quiet=True)

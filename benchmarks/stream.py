@@ -60,7 +60,7 @@ def write_shards(dataset: str, folder: Path, num_rows: int, extension: str):
 def open_split(folder: Path, streaming: bool, num_workers: int = 0) -> ImageSplit:
     data = load_image_data(str(folder), validation_fraction=0, streaming=streaming)
     processor = open_processor(processor_content(TrainConfig(), (SIZE, SIZE), cropped=True))
-    decode = Decoder(processor, (3, SIZE, SIZE), crop_min_area=0.08)
+    decode = Decoder(processor, (3, SIZE, SIZE), crop_min_area=0.08, sources=data.sources)
     split_class = StreamingSplit if streaming else MapStyleSplit
     return split_class(data, "train", decode, LoaderContext(torch.device("cpu"), num_workers))
 

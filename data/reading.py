@@ -25,6 +25,8 @@ MACHINE_ERRORS = (*NETWORK_ERRORS, MemoryError)  # among them too many open file
 MISSING = (FileNotFoundError, NotADirectoryError)
 ARCHIVES = re.compile(r"(zip|tar|gzip|bz2|xz|lz4|zstd)://")
 
+absent_folders: set[str] = set()  # that were not there after several attempts: the next file in them is not waited for
+
 Result = TypeVar("Result")
 
 
@@ -66,6 +68,7 @@ def read_bytes(value: dict | None, sources: tuple[str, ...]) -> bytes:
         except MISSING as error:
             if folder and not has_entries(folder):
                 raise OSError(f"the dataset's folder {folder} is gone") from error
+            absent_folders.add(os.path.dirname(file or ""))
             raise BadImage(f"there is no file {value['path']}") from error
     if not data:
         raise BadImage("there is none" if data is None else "empty")
@@ -102,10 +105,9 @@ def read_file(url: str | None, file: str | None) -> bytes:
             status = os.stat(file)
         except MISSING as error:
             folder = os.path.dirname(file)
-            if has_entries(folder):
-                time.sleep(WAITS[0])
-                if has_entries(folder) and not os.path.lexists(file):
-                    raise BadImage(f"there is no file {file}") from error
+            is_known = folder in absent_folders or has_entries(folder)
+            if is_known and not os.path.lexists(file):  # looked for again, since the folder may be back only now
+                raise BadImage(f"there is no file {file}") from error
             raise
         if not stat.S_ISREG(status.st_mode):
             raise BadImage(f"expected a regular file, got {file}")

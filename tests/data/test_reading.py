@@ -155,6 +155,16 @@ def test_folder_that_is_away_for_a_moment_loses_no_image(tmp_path, renamed):
     assert not split.bad
 
 
+def test_missing_files_are_bad_images_and_cost_no_more_than_one_wait(tmp_path, monkeypatch):
+    (tmp_path / "there.png").touch()
+    waits = []
+    monkeypatch.setattr(reading.time, "sleep", waits.append)
+    for path in [f"{number}.png" for number in range(50)] + [f"nowhere/{number}.png" for number in range(50)]:
+        with pytest.raises(BadImage, match="there is no file"):
+            read_bytes({"bytes": None, "path": path}, (str(tmp_path),))
+    assert waits == list(reading.WAITS)
+
+
 def test_dataset_that_is_gone_ends_the_run(tmp_path):
     (tmp_path / "images").mkdir()
     split = images_of(data_of(photographs(tmp_path / "images"), [0, 1, 0, 1]), "train", processor(16), (16, 16))
@@ -169,7 +179,7 @@ def test_large_images_are_not_kept_at_their_full_size(tmp_path, monkeypatch, str
     for number in range(8):
         path = tmp_path / "images/train" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.new("RGB", (2500, 2500), (number * 30, 0, 0)).save(path)
+        PIL.Image.new("RGB", (50, 50), (number * 30, 0, 0)).save(path)
     data = load_image_data(str(tmp_path / "images"), validation_fraction=0, streaming=streaming)
     split = images_of(data, "train", processor(16), (16, 16))
     if streaming:
@@ -182,6 +192,8 @@ def test_large_images_are_not_kept_at_their_full_size(tmp_path, monkeypatch, str
         decoded.append(weakref.ref(image))
         return image
 
+    assert decoding.MAX_FULL_BYTES <= 32 * 2**20
+    monkeypatch.setattr(decoding, "MAX_FULL_BYTES", 1000)
     monkeypatch.setattr(decoding, "load_rgb", count)
     (batch,) = split.evaluation(8)
     assert len(alive) == 8 and max(alive) <= 1
