@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ..data.dataloader import MapStyleSplit
 from ..data.streaming import StreamingSplit
-from ..files import RunError, write_atomically
+from ..files import RunError, terminal_text, write_atomically
 from .folder import complete_checkpoints, delete
 from .meter import Meter
 from .optim import EMA
@@ -115,8 +115,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, meter: Meter, sp
     if isinstance(splits["train"], StreamingSplit):
         note = splits["train"].load_state_dict(state["places"][accelerator.process_index])
         if note:
-            accelerator.print(note)
-    accelerator.print(f"resuming from {checkpoint}")
+            accelerator.print(terminal_text(note))
+    accelerator.print(terminal_text(f"resuming from {checkpoint}"))
     return state["step"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from ..files import UserError, write_atomically
+from ..files import UserError, file_name, write_atomically
 from .config import TrainConfig
 
 # These options may change when a run resumes. They change no weight, except the number of workers of a stream.
@@ -67,7 +67,7 @@ def choose_folder(config: TrainConfig) -> tuple[Path, Path | None]:
         return folder, checkpoint
     if config.output_dir is not None:
         return Path(config.output_dir), None
-    name = Path(config.dataset_name).resolve().name
+    name = file_name(Path(config.dataset_name).resolve().name)
     numbered = (Path("outputs") / (f"{name}-{number}" if number > 1 else name) for number in itertools.count(1))
     in_use = list(itertools.takewhile(Path.exists, numbered))
     if resume and in_use:
