@@ -158,7 +158,7 @@ def open_card(text: str, file: str) -> ModelCard:
 def inherited(folder: Path) -> dict:
     """License and base model, as the model card of a folder states them."""
     file = folder / "README.md"
-    if not file.exists():
+    if not file.is_file():
         return {}
     data = open_card(file.read_text(encoding="utf-8"), str(file)).data.to_dict()
     return {name: data[name] for name in INHERITED if data.get(name)}
@@ -171,8 +171,7 @@ def has_head(config: dict) -> bool:
 def weight_problem(tensor: torch.Tensor) -> str | None:
     """Why a tensor cannot be a weight of a model: its dtype, or a value that is not finite."""
     if tensor.dtype not in WEIGHT_DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-        return f"has the dtype {str(tensor.dtype).removeprefix('torch.')} instead of {names}"
+        return f"has the dtype {str(tensor.dtype).removeprefix('torch.')} instead of a float of 16, 32 or 64 bits"
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():  # copies no tensor
         return "has values that are not finite"
     return None

@@ -1,5 +1,6 @@
 """State dicts: reading them from files, renaming their keys, and refusing what is not a plain ViT."""
 
+import errno
 import re
 import zipfile
 from pathlib import Path
@@ -8,7 +9,7 @@ import safetensors
 import torch
 
 from ..configuration_vit_simple import ViTSimpleConfig
-from ..files import RunError, UserError, weight_problem
+from ..files import RunError, UserError, is_machine_failure, weight_problem
 from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel, sincos2d
 
 Tensors = dict[str, torch.Tensor]
@@ -118,8 +119,9 @@ def expected_tensors(config: ViTSimpleConfig, has_head: bool, count: int) -> Ten
     try:
         with torch.device("meta"):
             return (ViTSimpleForImageClassification if has_head else ViTSimpleModel)(config).state_dict()
-    except RuntimeError as error:  # more elements than fit in 64 bits
-        raise UserError(f"the config describes a model that is too large: {error}") from error
+    except (RuntimeError, TypeError, OverflowError) as error:  # more elements than fit in 64 bits
+        sizes = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "image_size")}
+        raise UserError(f"expected the sizes of a model that can be built, got {sizes}") from error
 
 
 def export_state_dict(tensors: Tensors, key_map: dict[str, str | list[str]], prefix: str) -> Tensors:
@@ -175,9 +177,9 @@ def load_safetensors(file: Path) -> Tensors:
 def load_pickle(file: Path) -> Tensors:
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (OSError, MemoryError) as error:
-        raise RunError(f"{file} cannot be read: {error}") from error
     except Exception as error:  # a damaged or hostile file makes the unpickler raise anything
+        if is_machine_failure(error) and getattr(error, "errno", None) != errno.EINVAL:  # a seek before the beginning
+            raise RunError(f"{file} cannot be read: {error}") from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it contains {code[1]}, which is not loaded" if code else "it is damaged or not a checkpoint"
         raise UserError(f"{file}: expected a file with nothing but tensors: {reason}") from error
@@ -198,8 +200,11 @@ def check_storages(tensors: Tensors, file: Path):
     """
     sizes: dict[int, int] = {}
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise UserError(f"{file}: expected dense tensors, got {name} as {tensor.layout} on {tensor.device.type}")
+        is_usual = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+        if not is_usual or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            raise UserError(
+                f"{file}: expected dense tensors, but {name} is sparse, quantized, nested or without values"
+            )
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         sizes[address] = sizes.get(address, 0) + tensor.nbytes

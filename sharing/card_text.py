@@ -111,9 +111,9 @@ def bullets(lines: list[str]) -> str:
 def legend(facts: Facts) -> str:
     """The names of the classes that the plots show by number."""
     labels = facts.config.get("id2label", {})
-    names = [f"{number}: {labels[str(number)]}" for number in facts.record.get("classes_shown_by_number", [])]
+    names = [f"{number} is {labels[str(number)]}" for number in facts.record.get("classes_shown_by_number", [])]
     rest = f" and {len(names) - 100} more, which config.json names" if len(names) > 100 else ""
-    return f"Classes in the plots: {', '.join(names[:100])}{rest}." if names else ""
+    return f"Classes that the plots show by number: {', '.join(names[:100])}{rest}." if names else ""
 
 
 def summary(facts: Facts) -> str:
