@@ -225,6 +225,8 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, to: str = "vit_simple
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     except SafetensorError as error:
         raise RunError(f"OUT: the weights cannot be written: {error}") from error
+    except RuntimeError as error:  # of safetensors
+        raise UserError("SOURCE: expected tensors that do not overlap in memory") from error
 
 
 def write_json(file: Path, content: dict):
