@@ -2,6 +2,7 @@
 
 import errno
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -176,7 +177,8 @@ def load_safetensors(file: Path) -> Tensors:
 
 def load_pickle(file: Path) -> Tensors:
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings(action="ignore"):  # the error says it all
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged or hostile file makes the unpickler raise anything
         if is_machine_failure(error) and getattr(error, "errno", None) != errno.EINVAL:  # a seek before the beginning
             raise RunError(f"{file} cannot be read: {error}") from error

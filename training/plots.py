@@ -28,6 +28,7 @@ TITLES = {
     "lr": "learning rate",
 }
 FEW_CLASSES = 30  # a confusion matrix of more classes has no room for names and counts
+REGULAR = range(300, 501)  # weights of fonts that are neither thin nor bold
 SAMPLES = 32  # images in predictions.png
 
 
@@ -112,7 +113,7 @@ def fonts_for(characters: set[str]) -> tuple[list[str], set[str]]:
     files = {
         font.name: font.fname
         for font in font_manager.fontManager.ttflist
-        if font.style == "normal" and font.weight <= 500 and "Last Resort" not in font.name  # it draws boxes
+        if font.style == "normal" and font.weight in REGULAR and "Last Resort" not in font.name  # it draws boxes
     }
     drawn = {family: drawn_by(file, missing) for family, file in sorted(files.items())}
     while missing:

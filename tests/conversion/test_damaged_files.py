@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import struct
+import warnings
 
 import pytest
 import torch
@@ -161,18 +162,18 @@ def test_weights_that_share_a_storage_are_refused(tmp_path):
     assert "expected tensors that do not overlap in memory" in refusal(tmp_path, tmp_path / "a.pth")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
-    "tensor",
+    "make",
     [
-        torch.eye(5).to_sparse(),
-        torch.ones(5, device="meta"),
-        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-        torch.quantize_per_tensor(torch.ones(5), 0.1, 0, torch.qint8),
+        lambda: torch.eye(5).to_sparse(),
+        lambda: torch.ones(5, device="meta"),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     ],
-    ids=["sparse", "meta", "nested", "quantized"],
+    ids=["sparse", "meta", "nested"],
 )
-def test_tensor_that_is_not_dense_is_refused(tmp_path, tensor):
-    torch.save(weights(head__bias=tensor), tmp_path / "a.pth")
+def test_tensor_that_is_not_dense_is_refused(tmp_path, make):
+    torch.save(weights(head__bias=make()), tmp_path / "a.pth")
     assert "expected dense tensors, but head.bias" in refusal(tmp_path, tmp_path / "a.pth")
 
 
@@ -232,7 +233,8 @@ def test_mutated_file_is_loaded_or_refused_with_its_name(tmp_path, kind):
     for seed in range(200):
         file.write_bytes(mutated(whole, seed))
         try:
-            load_tensors([file])
+            with warnings.catch_warnings(action="error"):
+                load_tensors([file])
         except UserError as error:
             assert file.name in str(error), seed
             refused += 1
