@@ -49,7 +49,6 @@ def push(
         lines = [*(f"{size:>13,}  {name}" for name, size in sizes.items()), "", *card.splitlines()]
         print("\n".join(map(terminal_text, lines)))
         return None
-
     files, api = ["README.md", *files], HfApi()
     with_retries(api.whoami)
     repo = repo_state(api, repo_id)

@@ -74,6 +74,7 @@ def test_class_names_are_drawn_and_never_parsed_as_formulas(tmp_path, monkeypatc
     with matplotlib.rc_context({"text.usetex": True}):  # in the user's own settings
         plot(tmp_path, *names)
     assert plots_in(tmp_path) == PLOTS and capsys.readouterr().err == ""
+    assert readable_names(["a\r\nb", "\x1b[2J"])[0] == ["a\\r\\nb", "\\x1b[2J"]
 
 
 def test_class_without_a_font_is_shown_by_number(tmp_path, bundled_fonts):
