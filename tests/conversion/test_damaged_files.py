@@ -145,6 +145,8 @@ def test_tensor_of_a_block_with_an_endless_number_is_refused(tmp_path):
 def test_tensor_that_is_larger_than_its_storage_is_refused(tmp_path):
     torch.save({name: torch.zeros(1).expand(tensor.shape) for name, tensor in weights().items()}, tmp_path / "a.pth")
     assert "a.pth: cls_token has 128 bytes, but the file has 4 for it" in refusal(tmp_path, tmp_path / "a.pth")
+    torch.save(weights(head__weight=torch.ones(80).as_strided((5, 32), (16, 0))), tmp_path / "b.pth")
+    assert "b.pth: head.weight has 640 bytes, but the file has 320 for it" in refusal(tmp_path, tmp_path / "b.pth")
 
 
 def test_tensors_that_share_a_storage_are_refused_if_they_are_many(tmp_path):
