@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vit_simple.conversion.convert import new_folder, open_checkpoint, write_checkpoint
 from vit_simple.conversion.processors import FAMILIES
-from vit_simple.files import command_errors
+from vit_simple.files import command_errors, terminal_text
 from vit_simple.sharing.converted import write_card
 
 
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None):
     options = vars(build_parser().parse_args(argv))
     with command_errors("convert_checkpoint.py"):
-        print("\n".join([*convert(**options), f"saved in {options['out']}"]))
+        print("\n".join(map(terminal_text, [*convert(**options), f"saved in {options['out']}"])))
 
 
 if __name__ == "__main__":

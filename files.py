@@ -6,6 +6,7 @@ Imports nothing of this package.
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -14,6 +15,8 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+import safetensors
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
@@ -24,6 +27,8 @@ RECORD = "provenance.json"
 INHERITED = ("base_model", "license", "license_name", "license_link")
 PREPROCESSOR = "preprocessor_config.json"
 SAFETENSORS = ("model.safetensors", "model-?????-of-?????.safetensors")  # glob patterns: one file, or shards
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)  # the errors of the HTTP library; not all are an OSError
 
@@ -62,6 +67,7 @@ def command_errors(program: str, advice: Callable[[], str] | None = None):
         line = f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}"
         if advice is not None:
             line += f"; {advice()}"
+        line = terminal_text(line)
         print(line, file=sys.stderr)
         stop = SystemExit(line)
         stop.code = 2 if is_mistake else 1
@@ -83,6 +89,28 @@ def errors_that_name(path: Path):
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+# Text from datasets and files of others, such as class names. Markdown has a function of its own, in sharing.
+
+
+def printable(text: str) -> str:
+    """The text in one line: control characters and invisible ones are escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def terminal_text(text: str) -> str:
+    """The text in one line that this terminal can show: characters that it cannot encode are escaped, too."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def file_name(text: str) -> str:
+    """A name for a file or folder, of letters, digits and ._- and not hidden, short enough for any file system."""
+    return re.sub(r"[^\w.-]", "_", text).lstrip(".-")[:60] or "unnamed"
+
+
+# Files
 
 
 def write_atomically(path: Path, text: str):
@@ -136,7 +164,7 @@ METRIC_FIELDS = {
 }
 
 
-def check_types(value, expected, source: str, field: str = ""):
+def check_types(value: typing.Any, expected: typing.Any, source: str, field: str = ""):
     """Checks the types inside a value that was read from JSON or YAML.
 
     Args:
@@ -159,7 +187,8 @@ def check_types(value, expected, source: str, field: str = ""):
         return
     kinds = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     for kind in kinds:
-        base, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+        base: typing.Any = typing.get_origin(kind) or kind
+        inner = typing.get_args(kind)
         numbers = (int, float) if base is float else base
         if not isinstance(value, numbers) or (isinstance(value, bool) and base is not bool):
             continue
@@ -184,6 +213,8 @@ def read_json(path: Path, fields: dict | None = None) -> dict:
     """
     if not path.exists():
         return {}
+    if not path.is_file():
+        raise UserError(f"{path}: expected a file")  # a FIFO would never end
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -232,7 +263,7 @@ def open_card(text: str, file: str) -> ModelCard:
 def inherited(folder: Path) -> dict:
     """License and base model, as the model card of a folder states them."""
     file = folder / "README.md"
-    if not file.exists():
+    if not file.is_file():
         return {}
     data = open_card(read_text(file), str(file)).data.to_dict()
     return {name: data[name] for name in INHERITED if data.get(name)}
@@ -240,3 +271,20 @@ def inherited(folder: Path) -> dict:
 
 def has_head(config: dict) -> bool:
     return config.get("architectures") == ["ViTSimpleForImageClassification"]
+
+
+def weight_problem(tensor: torch.Tensor) -> str | None:
+    """Why a tensor cannot be a weight of a model: its dtype, or a value that is not finite."""
+    if tensor.dtype not in WEIGHT_DTYPES:
+        return f"has the dtype {str(tensor.dtype).removeprefix('torch.')} instead of a float of 16, 32 or 64 bits"
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():  # copies no tensor
+        return "has values that are not finite"
+    return None
+
+
+def check_weights(file: Path):
+    """Raises UserError if a tensor in a safetensors file cannot be a weight; from_pretrained would cast it."""
+    with safetensors.safe_open(file, "pt") as opened:
+        for name in opened.keys():  # noqa: SIM118
+            if problem := weight_problem(opened.get_tensor(name)):
+                raise UserError(f"{file.name}: {name} {problem}")

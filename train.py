@@ -29,12 +29,12 @@ from vit_simple.data.dataloader import MapStyleSplit
 from vit_simple.data.fingerprint import fingerprint
 from vit_simple.data.labels import MULTI, REGRESSION, Labels
 from vit_simple.data.streaming import StreamingSplit
-from vit_simple.files import command_errors, write_atomically
+from vit_simple.files import command_errors, terminal_text, write_atomically
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.record import record
 from vit_simple.sharing.run import check_hub, record_run, share, share_or_warn
 from vit_simple.training.checkpoint import Checkpoints, log_metrics, resume_metrics, save_result
-from vit_simple.training.config import parse_config
+from vit_simple.training.config import TrainConfig, parse_config
 from vit_simple.training.devices import build_accelerator, mixed_precision_of, on_main_process
 from vit_simple.training.folder import check_output_dir, how_to_resume, mark_finished, open_folder, start_in
 from vit_simple.training.interrupt import catch_signals, should_stop
@@ -42,7 +42,7 @@ from vit_simple.training.meter import Meter
 from vit_simple.training.metrics import METRICS_OF, Evaluation, table
 from vit_simple.training.optim import EMA, build_optimizers, schedule
 from vit_simple.training.plots import plot_run, predict_samples
-from vit_simple.training.report import print_bad_images, print_results, print_setup
+from vit_simple.training.report import optional, print_bad_images, print_results, print_setup
 from vit_simple.training.setup import build_model, build_splits, denormalize_head, load_data
 from vit_simple.training.step import augmented_batches, can_capture, capture
 
@@ -90,6 +90,10 @@ def export(
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         save_result(raw_model, denormalize_head(weights, labels), folder)
+
+
+def write_card(config: TrainConfig, folder: Path):
+    write_atomically(folder / "README.md", build_card(folder, config.hub_model_id, license=config.license))
 
 
 @command_errors("train.py")
@@ -141,7 +145,7 @@ def main(arguments: list[str] | None = None):
     if checkpoint is not None:
         checkpoints.load(checkpoint)
     elif config.resume_from_checkpoint:
-        accelerator.print(f"no complete checkpoint in {folder}: starting from the first step")
+        accelerator.print(terminal_text(f"no complete checkpoint in {folder}: starting from the first step"))
     first_step = checkpoints.first_step
     if is_main:
         start_in(folder, config)
@@ -213,9 +217,9 @@ def main(arguments: list[str] | None = None):
                         with ema.weights(ema.variants[-1]):
                             export(accelerator, model, raw_model, data.labels, folder)
                         if is_main and (warning := share_or_warn(config, folder, f"step {done}")):
-                            progress.write(warning)
+                            progress.write(terminal_text(warning))
                 if stopping:
-                    accelerator.print(f"stopped by a signal: {how_to_resume(folder)}")
+                    accelerator.print(terminal_text(f"stopped by a signal: {how_to_resume(folder)}"))
                     accelerator.end_training()
                     raise SystemExit(128 + max(signals, default=signal.SIGTERM))
 
@@ -225,39 +229,44 @@ def main(arguments: list[str] | None = None):
     if "validation" in splits and validations["raw"].score > validations[best].score:
         best = "raw"
     last_split = next((name for name in ("test", "validation") if name in splits), None)
-    result = predictions = None
-
-    def write_card():
-        write_atomically(folder / "README.md", build_card(folder, config.hub_model_id, license=config.license))
-
+    result = samples = None
     with command_errors("train.py", advice), ema.weights(best):
         if is_main:
             checkpoints.replace_earlier()
         export(accelerator, model, raw_model, data.labels, folder)
         if is_main:
-            write_card()  # so that the card is not an earlier result's
-        if last_split != "test":
-            accelerator.print("there is no test split with labels")
+            write_card(config, folder)  # so that the card is not an earlier result's
         if last_split is not None:
             result = evaluate(model, splits[last_split], *eval_options)
-            predictions = predict_samples(model, splits[last_split], augment)
             values = {"weights": best, **result.values}
             if last_split == "test":
                 values["per_class"] = dict(zip(data.labels.class_names, result.per_class))
             log(total_steps, last_split, **values)
-            print_results(accelerator, "end", {f"{last_split} {best}": result}, data.labels.class_names)
         if is_main:
             if first_step == 0:
                 record(folder, seconds=round(time.perf_counter() - start, 1))
-            write_card()
+            write_card(config, folder)
             mark_finished(folder, total_steps)
-            plot_run(folder, last_split, data.labels, result, predictions)
-            write_card()  # with the plots
+        if last_split is not None:
+            with optional("predictions.png"):
+                samples = predict_samples(model, splits[last_split], augment)
+
+    # Last, what the weights do not need: the run is complete without it
+
+    if is_main:
+        with optional("the list of plots in README.md"):
+            if numbered := plot_run(folder, last_split, data.labels, result, samples):
+                record(folder, classes_shown_by_number=numbered)
+            write_card(config, folder)
+    with optional("the table of results"):
+        if last_split != "test":
+            accelerator.print("there is no test split with labels")
+        if result is not None:
+            print_results(accelerator, "end", {f"{last_split} {best}": result}, data.labels.class_names)
     print_bad_images(accelerator, splits)
-    accelerator.print(
-        f"saved in {folder}; load it anywhere on this machine with\n"
-        f'  transformers.pipeline("image-classification", "{folder.resolve()}", trust_remote_code=True)'
-    )
+    accelerator.print(terminal_text(f"saved in {folder}; load it anywhere on this machine with"))
+    code = f'transformers.pipeline("image-classification", "{folder.resolve()}", trust_remote_code=True)'
+    accelerator.print(f"  {terminal_text(code)}")
     if config.push_to_hub and is_main:
         command = f"python push_to_hub.py {folder} {config.hub_model_id}"
         with command_errors("train.py", lambda: f"the folder is complete; push it with {command}"):

@@ -11,11 +11,12 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair, refuse_kernels
-from ..files import CODE, PREPROCESSOR, ROOT, SAFETENSORS, UserError, inherited, read_json
+from ..files import CODE, PREPROCESSOR, ROOT, SAFETENSORS, RunError, UserError, inherited, read_json
 from .processors import (
     FAMILIES,
     FAMILY_OF_TYPE,
@@ -63,6 +64,8 @@ def find_weights(source: str) -> tuple[Path | None, list[Path]]:
         return path.parent if is_described else None, [path]
     if not path.exists():
         path = download(source)
+    if not path.is_dir():
+        raise UserError(f"SOURCE: expected a file or a folder, got {path}")  # a FIFO or a device
     for pattern in WEIGHTS:
         files = sorted(path.glob(pattern))
         if len(files) > 1 and "?" not in pattern:
@@ -198,6 +201,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, to: str = "vit_simple
 
     Raises:
         UserError: that library does not support the model or the image processor.
+        RunError: the disk is full.
     """
     config, tensors = checkpoint.config, checkpoint.tensors
     if to == "timm":
@@ -217,7 +221,12 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, to: str = "vit_simple
         config.save_pretrained(folder)
         write_json(folder / PREPROCESSOR, checkpoint.processor)
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    except SafetensorError as error:
+        raise RunError(f"OUT: the weights cannot be written: {error}") from error
+    except RuntimeError as error:  # of safetensors
+        raise UserError("SOURCE: expected tensors that do not overlap in memory") from error
 
 
 def write_json(file: Path, content: dict):

@@ -1,7 +1,8 @@
 """State dicts: reading them from files, renaming their keys, and refusing what is not a plain ViT."""
 
-import pickle
+import errno
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import safetensors
 import torch
 
 from ..configuration_vit_simple import ViTSimpleConfig
-from ..files import UserError
+from ..files import RunError, UserError, is_machine_failure, weight_problem
 from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel, sincos2d
 
 Tensors = dict[str, torch.Tensor]
@@ -83,11 +84,10 @@ def import_state_dict(tensors: Tensors, key_map: dict[str, str | list[str]], con
     """Our tensors from those of another library; only those that are concatenated are copied.
 
     Raises:
-        UserError: names the tensors that are missing, unknown or of another shape.
+        UserError: names the tensors that are missing, unknown, of another shape or dtype, or not finite.
     """
     has_head = their_keys("head.weight", key_map)[0] in tensors
-    with torch.device("meta"):
-        expected = (ViTSimpleForImageClassification if has_head else ViTSimpleModel)(config).state_dict()
+    expected = expected_tensors(config, has_head, len(tensors))
     remaining, imported, problems = dict(tensors), {}, []
     for key, empty in expected.items():
         names = their_keys(key, key_map)
@@ -97,6 +97,8 @@ def import_state_dict(tensors: Tensors, key_map: dict[str, str | list[str]], con
                 problems.append(f"{name} is missing")
             elif part.squeeze().shape != empty_part.squeeze().shape:  # some libraries omit our leading dimension
                 problems.append(f"{name} has the shape {tuple(part.shape)} instead of {tuple(empty_part.shape)}")
+            elif problem := weight_problem(part):
+                problems.append(f"{name} {problem}")
         if not problems:
             imported[key] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(empty.shape)
     for name in remaining:
@@ -105,6 +107,22 @@ def import_state_dict(tensors: Tensors, key_map: dict[str, str | list[str]], con
     if problems:
         raise UserError(f"expected the tensors that the config describes, but {join_names(problems)}")
     return imported
+
+
+def expected_tensors(config: ViTSimpleConfig, has_head: bool, count: int) -> Tensors:
+    """The tensors that a config describes, without values.
+
+    Raises:
+        UserError: they cannot be those of a file with `count` tensors, or are too large.
+    """
+    if config.num_hidden_layers > count:  # the model would take forever to build
+        raise UserError(f"num_hidden_layers: expected at most {count}, since there are {count} tensors")
+    try:
+        with torch.device("meta"):
+            return (ViTSimpleForImageClassification if has_head else ViTSimpleModel)(config).state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:  # more elements than fit in 64 bits
+        sizes = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "image_size")}
+        raise UserError(f"expected the sizes of a model that can be built, got {sizes}") from error
 
 
 def export_state_dict(tensors: Tensors, key_map: dict[str, str | list[str]], prefix: str) -> Tensors:
@@ -136,8 +154,10 @@ def load_tensors(files: list[Path]) -> Tensors:
     Raises:
         UserError: a file is damaged, holds more than tensors, or repeats a tensor of another file.
     """
-    tensors = {}
+    tensors: Tensors = {}
     for file in files:
+        if not file.is_file():  # a FIFO or a device may never end
+            raise UserError(f"{file}: expected a regular file")
         loaded = load_safetensors(file) if file.suffix == ".safetensors" else load_pickle(file)
         if repeated := tensors.keys() & loaded.keys():
             raise UserError(f"{file}: expected another shard, got {join_names(repeated)} a second time")
@@ -151,12 +171,17 @@ def load_safetensors(file: Path) -> Tensors:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise UserError(f"{file}: expected a complete safetensors file: {error}") from error
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error}") from error
 
 
 def load_pickle(file: Path) -> Tensors:
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        with warnings.catch_warnings(action="ignore"):  # the error says it all
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a damaged or hostile file makes the unpickler raise anything
+        if is_machine_failure(error) and getattr(error, "errno", None) != errno.EINVAL:  # a seek before the beginning
+            raise RunError(f"{file} cannot be read: {error}") from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it contains {code[1]}, which is not loaded" if code else "it is damaged or not a checkpoint"
         raise UserError(f"{file}: expected a file with nothing but tensors: {reason}") from error
@@ -166,4 +191,24 @@ def load_pickle(file: Path) -> Tensors:
     entries = loaded.items() if isinstance(loaded, dict) else [(None, loaded)]
     if not all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in entries):
         raise UserError(f"{file}: expected names and tensors, got {type(loaded).__name__} with other values")
+    check_storages(loaded, file)
     return dict(loaded)
+
+
+def check_storages(tensors: Tensors, file: Path):
+    """Raises UserError if a tensor is not dense, or if tensors need many more bytes than the file has for them.
+
+    A tensor with strides of 0, or many that share their bytes, would turn a small file into a large checkpoint.
+    """
+    sizes: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        is_usual = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+        if not is_usual or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            raise UserError(
+                f"{file}: expected dense tensors, but {name} is sparse, quantized, nested or without values"
+            )
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        sizes[address] = sizes.get(address, 0) + tensor.nbytes
+        if tensor.nbytes > storage.nbytes() or sizes[address] > 4 * storage.nbytes():  # a few tied weights are usual
+            raise UserError(f"{file}: {name} has {tensor.nbytes:,} bytes, but the file has {storage.nbytes():,} for it")

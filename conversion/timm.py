@@ -127,14 +127,14 @@ def fields_from_shapes(tensors: Tensors) -> dict:
     }
     if missing := [key for key in needed if key not in tensors]:
         raise UserError(f"expected the tensors of a plain ViT, got {join_names(tensors)} without {join_names(missing)}")
-    for key, axes in needed.items():
-        if tensors[key].ndim != axes:
-            raise UserError(f"{key}: expected {axes} axes, got the shape {tuple(tensors[key].shape)}")
+    for key, axes in (needed | {"head.weight": 2, "reg_token": 3}).items():
+        if key in tensors and (tensors[key].ndim != axes or not tensors[key].numel()):
+            raise UserError(f"{key}: expected {axes} axes, none of length 0, got the shape {tuple(tensors[key].shape)}")
     patch_embed, _, fc1, fc2 = (tensors[key] for key in needed)
     width, channels, *patch_size = patch_embed.shape
     return {
         "hidden_size": width,
-        "num_hidden_layers": 1 + max(int(block) for block in re.findall(r"\bblocks\.(\d+)\.", " ".join(tensors))),
+        "num_hidden_layers": 1 + max(int(block) for block in re.findall(r"\bblocks\.(\d{1,6})\.", " ".join(tensors))),
         "intermediate_size": fc2.shape[1],
         "num_channels": channels,
         "patch_size": one_or_pair(patch_size),
@@ -159,7 +159,8 @@ def fields_from_positions(content: dict, tensors: Tensors, fields: dict) -> dict
         grid_h, grid_w = (side // patch for side, patch in zip(pair(size), patch_size))
         return {"image_size": one_or_pair(pair(size)), "no_embed_class": bool(prefix) and positions == grid_h * grid_w}
     # Without a config, the patches are assumed to form a square, with or without positions for the prefix tokens.
-    squares = [count for count in {0, prefix} if math.isqrt(positions - count) ** 2 == positions - count]
+    patches = {count: positions - count for count in (0, prefix) if count <= positions}
+    squares = [count for count, number in patches.items() if math.isqrt(number) ** 2 == number]
     if len(squares) != 1:
         raise UserError(f"config.json is required: {positions} positions do not determine the image size")
     side = math.isqrt(positions - squares[0])

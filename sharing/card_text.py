@@ -102,6 +102,7 @@ def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
         f"## Use\n\n{usage(facts, repo_id, tag)}",
         f"## Results\n\n{results(facts)}" if facts.result else "",
         *images,
+        legend(facts) if images else "",
         f"## Training\n\n{training(facts)}" if (facts.folder / "train_config.yaml").exists() else "",
         f"## Conversion\n\n{bullets(remarks)}" if remarks else "",
         f"## Intended use and limitations\n\n{limitations(facts)}",
@@ -112,6 +113,14 @@ def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
 
 def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
+
+
+def legend(facts: Facts) -> str:
+    """The names of the classes that the plots show by number."""
+    labels = facts.config.get("id2label", {})
+    names = [f"{number} is {labels[str(number)]}" for number in facts.record.get("classes_shown_by_number", [])]
+    rest = f" and {len(names) - 100} more, which config.json names" if len(names) > 100 else ""
+    return f"Classes that the plots show by number: {', '.join(names[:100])}{rest}." if names else ""
 
 
 def summary(facts: Facts) -> str:

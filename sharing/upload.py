@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
-from ..files import NETWORK_ERRORS, RunError, UserError, write_atomically
+from ..files import NETWORK_ERRORS, RunError, UserError, terminal_text, write_atomically
 from .card import build_card, user_text
 from .repository import changes, pull_requests, remote_card, repo_state, with_retries
 from .verify import auto_class_of, check, differences, fresh_outputs, local_outputs, refuse_secrets
@@ -46,9 +46,9 @@ def push(
     if dry_run:
         local_outputs(folder)
         sizes = {"README.md": len(card.encode())} | {name: (folder / name).stat().st_size for name in files}
-        print("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()), card, sep="\n\n")
+        lines = [*(f"{size:>13,}  {name}" for name, size in sizes.items()), "", *card.splitlines()]
+        print("\n".join(map(terminal_text, lines)))
         return None
-
     files, api = ["README.md", *files], HfApi()
     with_retries(api.whoami)
     repo = repo_state(api, repo_id)
@@ -65,7 +65,7 @@ def push(
     if tag in repo.tags and (sha is None or repo.tags[tag] != head):
         raise UserError(f"--tag: {tag} already exists, at {repo.tags[tag]}; choose a new one")
     if sha is not None:
-        print(f"nothing to push: {api.endpoint}/{repo_id} already has these files, at {sha}")
+        print(terminal_text(f"nothing to push: {api.endpoint}/{repo_id} already has these files, at {sha}"))
     else:
         sha = upload_and_verify(api, repo_id, folder, files, head, message, private, revision, create_pr)
     if tag is not None:
@@ -87,7 +87,7 @@ def check_push(folder: Path, repo_id: str, tag: str | None, license: str | None,
     texts = {"README.md": card.encode(), "--commit_message": message.encode()}
     refuse_secrets({name: (folder / name).read_bytes() for name in files} | texts)
     for warning in warnings:
-        print(warning)
+        print(terminal_text(warning))
     return files, card
 
 
@@ -133,10 +133,11 @@ def upload_and_verify(
         branch = f" -b {revision}" if revision else ""
         undo = f"git clone{branch} {url} && cd {repo_id.rpartition('/')[2]} && git revert {sha} && git push"
     verify_commit(repo_id, sha, auto_class, expected, undo)
-    print(
-        f"verified: in a fresh process, {page} computes what {folder} computes here, bit for bit; load it with\n"
-        f'transformers.{auto_class}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)'
+    lines = (
+        f"verified: in a fresh process, {page} computes what {folder} computes here, bit for bit; load it with",
+        f'transformers.{auto_class}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)',
     )
+    print("\n".join(map(terminal_text, lines)))
     return sha
 
 

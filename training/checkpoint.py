@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from ..data.dataloader import MapStyleSplit
 from ..data.randaugment import DRAWS_VERSION
 from ..data.streaming import StreamingSplit
-from ..files import RunError, errors_that_name, is_machine_failure
+from ..files import RunError, errors_that_name, is_machine_failure, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .folder import FINISHED
 from .integrity import complete_checkpoints, damaged, delete, step_of, write_sums
@@ -189,8 +189,8 @@ class Checkpoints:
         if isinstance(self.splits["train"], StreamingSplit):
             note = self.splits["train"].load_state_dict(state["places"][accelerator.process_index])
             if note:
-                accelerator.print(note)
-        accelerator.print(f"resuming from {checkpoint}")
+                accelerator.print(terminal_text(note))
+        accelerator.print(terminal_text(f"resuming from {checkpoint}"))
         self.first_step = state["step"]
 
 

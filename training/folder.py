@@ -13,7 +13,7 @@ import yaml
 from ..data.fingerprint import differences
 from ..data.loading import local_path
 from ..data.randaugment import DRAWS_VERSION
-from ..files import UserError, check_types, read_text, write_atomically
+from ..files import UserError, check_types, file_name, read_text, write_atomically
 from .config import OPTIONS, TrainConfig
 from .integrity import NAME, UNFINISHED, latest_checkpoint, open_checkpoint
 from .lock import LOCK, lock
@@ -85,10 +85,11 @@ def choose_folder(config: TrainConfig) -> Path:
         return folder_of(Path(resume), config.output_dir)
     if config.output_dir is not None:
         return Path(config.output_dir)
-    name = Path(config.dataset_name).resolve().name
+    name = file_name(Path(config.dataset_name).resolve().name)
     numbered = (Path("outputs") / (f"{name}-{number}" if number > 1 else name) for number in itertools.count(1))
     newest = None
-    for folder in numbered:
+    while True:
+        folder = next(numbered)
         if folder.exists():
             newest = folder
         elif resume and newest:

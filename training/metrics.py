@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from ..data.labels import MULTI, REGRESSION, SINGLE, Labels
 from ..data.reading import BadImage
+from ..files import terminal_text
 
 LARGEST_CONFUSION = 1000  # classes
 MANY_CLASSES = 30  # a table of more classes shows the ten lowest
@@ -165,7 +166,8 @@ def table(title: str, evaluations: dict[str, Evaluation]) -> str:
 
 def class_table(split: str, evaluation: Evaluation, class_names: list[str]) -> str:
     """One line for each class, or for the ten lowest of many."""
-    classes = [(name, value) for name, value in zip(class_names, evaluation.per_class) if value is not None]
+    pairs = zip(class_names, evaluation.per_class)
+    classes = [(terminal_text(name), value) for name, value in pairs if value is not None]
     title = f"{split}, {'average precision' if 'map' in evaluation.values else 'accuracy'} of each class"
     if len(classes) > MANY_CLASSES:
         title += f", the lowest 10 of {len(classes)}"

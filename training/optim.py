@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 
 import torch
+from transformers import PreTrainedModel
 
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
@@ -45,7 +46,7 @@ def layer_of(name: str, num_layers: int) -> int:
 
 
 def parameter_groups(
-    model: torch.nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
+    model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict]:
     """Parameter groups for an optimizer. Weight matrices decay; biases, norms, LayerScale, tokens and positions do not.
 
@@ -120,7 +121,7 @@ class Muon(torch.optim.Muon):
 
 
 def build_optimizers(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     learning_rate: float,
     weight_decay: float,
     layer_decay: float = 1.0,
@@ -131,7 +132,7 @@ def build_optimizers(
     Each parameter group keeps its highest learning rate as "peak_lr".
     """
     matrices = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
-    optimizers = []
+    optimizers: list[torch.optim.Optimizer] = []
     for optimizer_class, peak_lr in ((Muon, muon_learning_rate), (torch.optim.AdamW, learning_rate)):
         if peak_lr is None:
             continue
@@ -141,7 +142,7 @@ def build_optimizers(
                 group["params"] = [p for p in group["params"] if (id(p) in matrices) == (optimizer_class is Muon)]
         groups = [group for group in groups if group["params"]]
         if groups:
-            options = {} if optimizer_class is Muon else {"fused": True}
+            options: dict = {} if optimizer_class is Muon else {"fused": True}
             optimizers.append(optimizer_class(groups, **options))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -1,20 +1,33 @@
 """What train.py prints, in the main process."""
 
+import contextlib
+import sys
+
 from accelerate import Accelerator
 
 from ..data.dataloader import has_16_bit_images
 from ..data.labels import REGRESSION
 from ..data.streaming import StreamingSplit
+from ..files import terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .checkpoint import Splits, gather_bad_images
 from .metrics import Evaluation, class_table, table
+
+
+@contextlib.contextmanager
+def optional(name: str):
+    """A context for what nobody needs to use the weights: any failure is one line, and the command goes on."""
+    try:
+        yield
+    except Exception as error:
+        print(terminal_text(f"{name} was left out: {type(error).__name__}: {error}"), file=sys.stderr)
 
 
 def print_setup(accelerator: Accelerator, splits: Splits, model: ViTSimpleForImageClassification, dataset_name: str):
     labels = next(iter(splits.values())).data.labels
     sizes = ", ".join(f"{split.size} {name}" for name, split in splits.items())
     outputs = f"{len(labels.class_names)} {'outputs' if labels.problem_type == REGRESSION else 'classes'}"
-    accelerator.print(f"{dataset_name}: {sizes} images, {outputs}")
+    accelerator.print(terminal_text(f"{dataset_name}: {sizes} images, {outputs}"))
     if has_16_bit_images(next(iter(splits.values())).data):
         accelerator.print("16-bit images are scaled to 8 bits here; pipelines clip them at 255 instead")
     if "validation" not in splits and isinstance(splits.get("train"), StreamingSplit):
@@ -33,6 +46,8 @@ def print_results(accelerator: Accelerator, title: str, results: dict[str, Evalu
 
 def print_bad_images(accelerator: Accelerator, splits: Splits):
     """Called by every process."""
-    bad_images = [f"{row}: {why}" for rows in gather_bad_images(splits).values() for row, why in rows.items()]
+    bad_images = [
+        terminal_text(f"{row}: {why}") for rows in gather_bad_images(splits).values() for row, why in rows.items()
+    ]
     if bad_images:
         accelerator.print("\n  ".join([f"skipped {len(bad_images)} unreadable images:", *bad_images]))

@@ -8,6 +8,7 @@ from pathlib import Path
 import PIL.Image
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
@@ -18,7 +19,7 @@ from ..data.labels import REGRESSION, SINGLE, Labels
 from ..data.loading import ImageData, load_image_data
 from ..data.processors import open_processor, stock_processor
 from ..data.streaming import StreamingSplit
-from ..files import UserError
+from ..files import SAFETENSORS, UserError, check_weights
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .config import TrainConfig, unknown
 from .devices import build_loader_context, on_main_process, require_memory
@@ -156,8 +157,12 @@ def load_model(config: TrainConfig) -> ViTSimpleForImageClassification:
         model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
         if model_type != ViTSimpleConfig.model_type:
             raise UserError(f"expected the model type vit_simple, got {model_type}")
-        return ViTSimpleForImageClassification.from_pretrained(path, dtype=torch.float32, **fields)
-    except (OSError, ValueError) as error:  # the config raises ValueError
+        model = ViTSimpleForImageClassification.from_pretrained(path, dtype=torch.float32, **fields)
+        folder = Path(cached_file(path, "config.json")).parent
+        for file in (file for pattern in SAFETENSORS for file in folder.glob(pattern)):
+            check_weights(file)
+        return model
+    except (OSError, ValueError, SafetensorError) as error:  # the config raises ValueError
         raise UserError(f"--model_name_or_path: {path} cannot be read: {error}") from error
 
 
