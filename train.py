@@ -31,7 +31,7 @@ from vit_simple.data.streaming import StreamingSplit
 from vit_simple.files import command_errors, write_atomically
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.record import record
-from vit_simple.sharing.run import check_hub, record_run, share, share_or_warn
+from vit_simple.sharing.run import BackgroundPush, check_hub, record_run, share
 from vit_simple.training.checkpoint import cut_metrics, load_checkpoint, log_metrics, save_checkpoint
 from vit_simple.training.config import parse_config
 from vit_simple.training.devices import build_accelerator, mixed_precision_of, on_main_process
@@ -137,6 +137,7 @@ def main(arguments: list[str] | None = None):
         cut_metrics(folder, first_step)
     log = functools.partial(log_metrics, accelerator, folder, steps_per_epoch)
     advice = functools.partial(how_to_resume, folder)
+    background_push = BackgroundPush(config, folder)
 
     # The loop
 
@@ -200,11 +201,11 @@ def main(arguments: list[str] | None = None):
                 meter.raise_if_not_finite()
                 with meter.paused():
                     save_checkpoint(accelerator, folder, done, meter, splits, ema, config.save_total_limit)
-                    if config.push_to_hub and config.hub_strategy == "every_save":
+                    if config.push_to_hub and config.hub_strategy == "every_save" and not stopping:
                         with ema.weights(ema.variants[-1]):
                             export(accelerator, model, raw_model, data.labels, folder)
-                        if is_main and (warning := share_or_warn(config, folder, f"step {done}")):
-                            progress.write(warning)
+                        if is_main:
+                            progress.write(background_push.start(done))
                 if stopping:
                     accelerator.print(f"stopped by a signal: {how_to_resume(folder)}")
                     accelerator.end_training()
@@ -240,6 +241,8 @@ def main(arguments: list[str] | None = None):
         f'  transformers.pipeline("image-classification", "{folder.resolve()}", trust_remote_code=True)'
     )
     if config.push_to_hub and is_main:
+        if message := background_push.wait():
+            accelerator.print(message)
         command = f"python push_to_hub.py {folder} {config.hub_model_id}"
         with command_errors("train.py", lambda: f"the folder is complete; push it with {command}"):
             share(config, folder, "end")
