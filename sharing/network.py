@@ -1,6 +1,7 @@
 """Calls of the Hub: every wait has a limit and a line that says what is waited for, and failed calls are retried."""
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,9 +62,10 @@ def announced(what: str) -> Iterator[None]:
         first, others = LINES
         if done.wait(first):
             return
-        print(f"waiting for {what}", flush=True)
+        print(f"waiting for {what}", file=sys.stderr, flush=True)
         while not done.wait(others):
-            print(f"still waiting for {what}, after {time.monotonic() - start:.0f} seconds", flush=True)
+            seconds = time.monotonic() - start
+            print(f"still waiting for {what}, after {seconds:.0f} seconds", file=sys.stderr, flush=True)
 
     threading.Thread(target=announce, daemon=True).start()
     try:

@@ -54,7 +54,7 @@ def set_weight(folder: Path, name: str, value: float):
         (lambda folder: set_field(folder, "dtype", "float99"), r"config\.json: dtype: expected a dtype .* got float99"),
         (lambda folder: set_field(folder, "dtype", 32), r"config\.json: dtype: expected a string or null, got 32"),
         (lambda folder: set_weight(folder, "head.bias", math.nan), r"NaN or infinity in head\.bias"),
-        (lambda folder: set_weight(folder, "cls_token", math.inf), r"NaN or infinity in cls_token"),
+        (lambda folder: set_weight(folder, "pos_embed", math.inf), r"NaN or infinity in pos_embed"),
     ],
 )
 def test_check_refuses_a_folder_that_is_damaged_or_incomplete(folder, change, reason):
@@ -85,7 +85,7 @@ def test_fresh_process_gets_no_secret_of_the_machine(folder, monkeypatch):
         monkeypatch.setenv(name, "my-own-secret-value")
     code = folder / "configuration_vit_simple.py"
     code.write_text(code.read_text() + f"\nimport os\nassert not any(map(os.environ.get, {names})), os.environ\n")
-    assert "logits" in fresh_outputs(str(folder))
+    assert "pooler_output" in fresh_outputs(str(folder))
 
 
 def test_outputs_that_are_not_finite_are_named(folder):
