@@ -16,7 +16,7 @@ from vit_simple.training.config import TrainConfig
 
 @pytest.fixture
 def background_push(folder):
-    push = BackgroundPush(TrainConfig(hub_model_id=NAME, license="mit"), folder)
+    push = BackgroundPush(TrainConfig(push_to_hub=True, hub_model_id=NAME, license="mit"), folder)
     yield push
     push.stop()
 

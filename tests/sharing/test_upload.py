@@ -334,7 +334,7 @@ def test_commit_that_cannot_be_loaded_is_called_unverified_and_not_wrong(hub, fo
 
 def test_tag_that_fails_leaves_a_verified_commit_and_says_so():
     with pytest.raises(
-        RunError, match="the commit abc is on the Hub and verified, but .* v1: 403 Forbidden\nto try again"
+        RunError, match=r"the commit abc is on the Hub and verified, but .* v1: 403 Forbidden\nto try again"
     ):
         set_tag(Api(), TARGET, "abc", "push again")
 
