@@ -323,7 +323,7 @@ def test_commit_that_cannot_be_loaded_is_called_unverified_and_not_wrong(hub, fo
         monkeypatch.setenv(name, value)
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     sha = hub.create(f"models/{NAME}", files).at("main").sha
-    hub.faults.append(Fault("/storage/", status=503, times=999))
+    hub.faults.append(Fault("/storage/", status=404, times=999))  # 503 is tried again for minutes
     monkeypatch.setattr(sharing_upload, "VERIFY_WAITS", ())
     with pytest.raises(RunError) as caught:
         verify_commit(Api(), TARGET, sha, "AutoModelForImageClassification", LOGITS, TARGET.command(folder))
