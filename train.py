@@ -32,7 +32,7 @@ from vit_simple.data.streaming import StreamingSplit
 from vit_simple.files import command_errors, terminal_text, write_atomically
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.record import record
-from vit_simple.sharing.run import check_hub, record_run, share, share_or_warn
+from vit_simple.sharing.run import BackgroundPush, check_hub, record_run, share
 from vit_simple.training.checkpoint import Checkpoints, log_metrics, resume_metrics, save_result
 from vit_simple.training.config import TrainConfig, parse_config
 from vit_simple.training.devices import build_accelerator, mixed_precision_of, on_main_process
@@ -42,7 +42,7 @@ from vit_simple.training.meter import Meter
 from vit_simple.training.metrics import METRICS_OF, Evaluation, table
 from vit_simple.training.optim import EMA, build_optimizers, schedule
 from vit_simple.training.plots import plot_run, predict_samples
-from vit_simple.training.report import optional, print_bad_images, print_results, print_setup
+from vit_simple.training.report import optional, print_bad_images, print_results, print_saved, print_setup
 from vit_simple.training.setup import build_model, build_splits, denormalize_head, load_data
 from vit_simple.training.step import augmented_batches, can_capture, capture
 
@@ -155,6 +155,7 @@ def main(arguments: list[str] | None = None):
             resume_metrics(folder, first_step)
     log = functools.partial(log_metrics, accelerator, folder, steps_per_epoch)
     advice = functools.partial(how_to_resume, folder)
+    background_push = BackgroundPush(config, folder)
 
     # The loop
 
@@ -213,11 +214,11 @@ def main(arguments: list[str] | None = None):
             if not is_end and (stopping or done % config.save_steps == 0):
                 with meter.paused():
                     checkpoints.save(done)
-                    if config.push_to_hub and config.hub_strategy == "every_save":
+                    if config.push_to_hub and config.hub_strategy == "every_save" and not stopping:
                         with ema.weights(ema.variants[-1]):
                             export(accelerator, model, raw_model, data.labels, folder)
-                        if is_main and (warning := share_or_warn(config, folder, f"step {done}")):
-                            progress.write(terminal_text(warning))
+                        if is_main:
+                            progress.write(terminal_text(background_push.start(done)))
                 if stopping:
                     accelerator.print(terminal_text(f"stopped by a signal: {how_to_resume(folder)}"))
                     accelerator.end_training()
@@ -264,10 +265,10 @@ def main(arguments: list[str] | None = None):
         if result is not None:
             print_results(accelerator, "end", {f"{last_split} {best}": result}, data.labels.class_names)
     print_bad_images(accelerator, splits)
-    accelerator.print(terminal_text(f"saved in {folder}; load it anywhere on this machine with"))
-    code = f'transformers.pipeline("image-classification", "{folder.resolve()}", trust_remote_code=True)'
-    accelerator.print(f"  {terminal_text(code)}")
+    print_saved(accelerator, folder)
     if config.push_to_hub and is_main:
+        if message := background_push.wait():
+            accelerator.print(terminal_text(message))
         command = f"python push_to_hub.py {folder} {config.hub_model_id}"
         with command_errors("train.py", lambda: f"the folder is complete; push it with {command}"):
             share(config, folder, "end")

@@ -1,13 +1,18 @@
 """The text of a model card, section by section, from what the files of a checkpoint's folder record."""
 
+import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 
 from ..files import PREPROCESSOR, RECORD, has_head, read_json, read_metrics
+from .markdown import fenced, markdown
+from .outgoing import RECIPE, cut_record, recipe_text
+from .schema import CONFIG_FIELDS, RECORD_FIELDS, check_metrics, check_types
 
 PLACEHOLDER = "your-name"  # the user in snippets, until the checkpoint is pushed
 METRICS = {  # name in metrics.jsonl: the Hub's name of the metric, and the title in the card
@@ -37,7 +42,10 @@ CITATION = """```bibtex
 
 @dataclass
 class Facts:
-    """What the files of a checkpoint's folder say: provenance.json, config.json, metrics.jsonl and the others."""
+    """What the files of a checkpoint's folder say: provenance.json, config.json, metrics.jsonl and the others.
+
+    Their texts are foreign: they go through `markdown` or `fenced` into the card.
+    """
 
     folder: Path
     record: dict
@@ -47,8 +55,14 @@ class Facts:
 
     @classmethod
     def read(cls, folder: Path) -> "Facts":
+        """Raises UserError, naming file and field, if one of them is damaged."""
         record, config, processor = (read_json(folder / name) for name in (RECORD, "config.json", PREPROCESSOR))
-        return cls(folder, record, config, processor, read_metrics(folder))
+        metrics = read_metrics(folder)
+        check_types(record, RECORD_FIELDS, f"{folder / RECORD}: ")
+        check_types(config, CONFIG_FIELDS, f"{folder / 'config.json'}: ")
+        for number, line in enumerate(metrics, 1):
+            check_metrics(line, f"{folder / 'metrics.jsonl'}, line {number}: ")
+        return cls(folder, cut_record(record), config, processor, metrics)
 
     @property
     def result(self) -> dict:
@@ -97,28 +111,30 @@ def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
     images = [f"![{title}]({file})\n\n*{title}*" for file, title in titles.items()]
     remarks = facts.record.get("remarks")
     sections = [
-        f"# {repo_id.rpartition('/')[2]}",
+        f"# {markdown(repo_id.rpartition('/')[2])}",
         summary(facts),
         f"## Use\n\n{usage(facts, repo_id, tag)}",
         f"## Results\n\n{results(facts)}" if facts.result else "",
         *images,
         legend(facts) if images else "",
-        f"## Training\n\n{training(facts)}" if (facts.folder / "train_config.yaml").exists() else "",
-        f"## Conversion\n\n{bullets(remarks)}" if remarks else "",
+        f"## Training\n\n{training(facts)}" if (facts.folder / RECIPE).exists() else "",
+        f"## Conversion\n\n{bullets(map(markdown, remarks))}" if remarks else "",
         f"## Intended use and limitations\n\n{limitations(facts)}",
         f"## Citation\n\n{CITATION}",
     ]
     return "\n\n".join(filter(None, sections))
 
 
-def bullets(lines: list[str]) -> str:
+def bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
 def legend(facts: Facts) -> str:
     """The names of the classes that the plots show by number."""
     labels = facts.config.get("id2label", {})
-    names = [f"{number} is {labels[str(number)]}" for number in facts.record.get("classes_shown_by_number", [])]
+    names = [
+        f"{number} is {markdown(labels[str(number)])}" for number in facts.record.get("classes_shown_by_number", [])
+    ]
     rest = f" and {len(names) - 100} more, which config.json names" if len(names) > 100 else ""
     return f"Classes that the plots show by number: {', '.join(names[:100])}{rest}." if names else ""
 
@@ -133,7 +149,7 @@ def summary(facts: Facts) -> str:
     for path in facts.folder.glob("model*.safetensors"):
         with safetensors.safe_open(path, "pt") as file:
             parameters += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    dataset, base, config = facts.dataset.get("name"), facts.base_model, facts.config
+    dataset, base, config = markdown(facts.dataset.get("name", "")), markdown(facts.base_model), facts.config
     origin = ""
     if dataset:
         origin = f" fine-tuned from {base} on {dataset}" if base else f" trained on {dataset}"
@@ -148,7 +164,7 @@ def summary(facts: Facts) -> str:
 
 def usage(facts: Facts, repo_id: str, tag: str | None) -> str:
     """A snippet that loads and calls the checkpoint, and how to pin a revision."""
-    options = f'"{repo_id}"' + (f', revision="{tag}"' if tag else "")
+    options = json.dumps(repo_id, ensure_ascii=False) + (f", revision={json.dumps(tag)}" if tag else "")
     is_of_arrays = facts.processor.get("do_resize") is False
     if is_of_arrays or facts.task == "image-feature-extraction":  # no pipeline takes these
         lines = model_lines(facts, options, is_of_arrays)
@@ -158,7 +174,8 @@ def usage(facts: Facts, repo_id: str, tag: str | None) -> str:
         lines += f'predict = pipeline("{facts.task}", model={options}{raw}, trust_remote_code=True)\n'
         lines += 'predict("image.png")'
     advice = "" if tag else '\nTo pin code and weights, add `revision="..."` with the hash of a commit.'
-    return f"```python\n{lines}\n```\n\n`trust_remote_code=True` runs the two Python files of this repository.{advice}"
+    note = "`trust_remote_code=True` runs the two Python files of this repository."
+    return f"{fenced(lines, 'python')}\n\n{note}{advice}"
 
 
 def model_lines(facts: Facts, options: str, is_of_arrays: bool) -> str:
@@ -193,8 +210,8 @@ def results(facts: Facts) -> str:
     if not any(interval for *_, interval in rows):
         header, *rows = (row[:2] for row in (header, *rows))
     table = [header, ["---"] * len(header), *rows]
-    dataset = facts.dataset.get("name", "the dataset")
-    caption = f"On {result['count']:,} {result['split']} images of {dataset}"
+    dataset = markdown(facts.dataset.get("name", "the dataset"))
+    caption = f"On {result['count']:,} {markdown(result['split'])} images of {dataset}"
     caption += f" ({result['correct']:,} correct)" if "correct" in result else ""
     caption += ", using the EMA weights" if result.get("weights") == "ema" else ""
     caption += f", at step {result['step']:,}" if result["step"] != facts.metrics[-1]["step"] else ""
@@ -213,24 +230,25 @@ def training(facts: Facts) -> str:
     """How the run was made, with all that is needed to repeat it."""
     record, lines = facts.record, []
     if facts.dataset:
-        revision = f" at revision `{facts.dataset['revision']}`" if facts.dataset["revision"] else ""
-        lines.append(f"dataset: {facts.dataset['name']}{revision}, {facts.dataset['images']:,} training images")
+        revision = f" at revision `{markdown(facts.dataset['revision'])}`" if facts.dataset["revision"] else ""
+        lines.append(
+            f"dataset: {markdown(facts.dataset['name'])}{revision}, {facts.dataset['images']:,} training images"
+        )
     if steps := [line for line in facts.metrics if line["split"] == "train"]:
         lines.append(f"length: {steps[-1]['step']:,} steps ({plural(steps[-1]['epoch'], 'epoch')})")
         speeds = sorted(line["images_per_second"] for line in steps)
-        machine = f" on {record['hardware']}" if "hardware" in record else ""
+        machine = f" on {markdown(record['hardware'])}" if "hardware" in record else ""
         lines.append(f"speed: {speeds[len(speeds) // 2]:,.0f} images per second (median){machine}")
     if "seconds" in record:
         lines.append(f"time: {plural(round(record['seconds']), 'second')}, including evaluation")
     if "versions" in record:
-        lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
+        lines.append("versions: " + markdown(", ".join(map(" ".join, record["versions"].items()))))
     if record.get("commit"):
-        lines.append(f"commit of vit_simple: `{record['commit']}`")
-    commands = "".join(f"\n```bash\n{command}\n```\n" for command in record.get("commands", []))
-    options = (facts.folder / "train_config.yaml").read_text(encoding="utf-8").strip()
+        lines.append(f"commit of vit_simple: `{markdown(record['commit'])}`")
+    commands = "".join(f"\n{fenced(command, 'bash')}\n" for command in record.get("commands", []))
+    options = fenced(recipe_text(facts.folder).strip(), "yaml")
     return (
-        f"{bullets(lines)}\n{commands}\n"
-        f"<details><summary>All options (train_config.yaml)</summary>\n\n```yaml\n{options}\n```\n\n</details>"
+        f"{bullets(lines)}\n{commands}\n<details><summary>All options ({RECIPE})</summary>\n\n{options}\n\n</details>"
     )
 
 
@@ -241,10 +259,10 @@ def plural(count: float, noun: str) -> str:
 def limitations(facts: Facts) -> str:
     """What the checkpoint is for, what it outputs, and what it was not evaluated for."""
     labels, problem = list(facts.config.get("id2label", {}).values()), facts.config.get("problem_type")
-    classes = f"{len(labels):,} classes" + (f": {', '.join(labels)}" if len(labels) <= 20 else "")
+    classes = f"{len(labels):,} classes" + (f": {', '.join(map(markdown, labels))}" if len(labels) <= 20 else "")
     lines = []
     if facts.dataset:
-        dataset = facts.dataset["name"]
+        dataset = markdown(facts.dataset["name"])
         lines.append(f"It is meant for images like those in {dataset}, and as a starting point for fine-tuning.")
         if facts.dataset.get("has_16_bit_images"):
             lines.append(
@@ -256,7 +274,7 @@ def limitations(facts: Facts) -> str:
     elif facts.task == "image-feature-extraction":
         lines.append("Its logits are features, not classes.")
     elif problem == "regression":
-        lines.append(f"It predicts numbers ({', '.join(labels)}), not class probabilities.")
+        lines.append(f"It predicts numbers ({', '.join(map(markdown, labels))}), not class probabilities.")
     elif problem == "multi_label_classification":
         lines.append(f"For each image, it predicts any number of its {classes}.")
     elif len(labels) > 1:
@@ -264,5 +282,7 @@ def limitations(facts: Facts) -> str:
     if facts.result:
         lines.append("It was not evaluated on other datasets or for demographic bias.")
     elif facts.base_model:
-        lines.append(f"The converted weights were not re-evaluated; for the original results, see {facts.base_model}.")
+        lines.append(
+            f"The converted weights were not re-evaluated; for the original results, see {markdown(facts.base_model)}."
+        )
     return "\n".join(lines) or "It was not evaluated."

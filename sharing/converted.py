@@ -6,6 +6,7 @@ from ..conversion.convert import Checkpoint
 from ..files import read_json
 from .card import build_card, render
 from .card_text import PLACEHOLDER, bullets, join
+from .markdown import fenced, markdown
 from .record import record
 
 
@@ -35,10 +36,10 @@ def exported_card(checkpoint: Checkpoint, folder: Path, library: str) -> str:
     task = "image-classification" if has_classes else "image-feature-extraction"
     origin = join(checkpoint.inherited.get("base_model", "a vit_simple checkpoint"))
     sections = [
-        f"# {folder.name}",
-        f"A plain Vision Transformer for {library} with the weights of {origin}.",
-        f"## Use\n\n```python\n{snippet}\n```",
-        f"## Conversion\n\n{bullets(checkpoint.report)}" if checkpoint.report else "",
+        f"# {markdown(folder.name)}",
+        f"A plain Vision Transformer for {library} with the weights of {markdown(origin)}.",
+        f"## Use\n\n{fenced(snippet, 'python')}",
+        f"## Conversion\n\n{bullets(map(markdown, checkpoint.report))}" if checkpoint.report else "",
     ]
     data = {"library_name": library, "pipeline_tag": task, **checkpoint.inherited}
     return render(data, "\n\n".join(filter(None, sections)))

@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from ..files import RECORD, ROOT, read_json, write_atomically
+from .outgoing import cut_record
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy")
 
@@ -51,7 +52,10 @@ def source_commit() -> str | None:
 
 
 def record(folder: Path, **facts):
-    """Adds the command, the machine, the versions and `facts` to provenance.json; facts that are None are left out."""
+    """Adds the command, the machine, the versions and `facts` to provenance.json; facts that are None are left out.
+
+    Absolute paths are cut to their last part, because the file is shared.
+    """
     content = read_json(folder / RECORD)
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     content |= {
@@ -61,4 +65,4 @@ def record(folder: Path, **facts):
         "commit": source_commit(),
         **{name: value for name, value in facts.items() if value is not None},
     }
-    write_atomically(folder / RECORD, json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / RECORD, json.dumps(cut_record(content), indent=2) + "\n")

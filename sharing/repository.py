@@ -1,54 +1,17 @@
-"""The state of a repository on the Hub: its revisions and what they hold; and calls of the Hub that are retried."""
+"""The state of a repository on the Hub: its revisions and what they hold."""
 
 import hashlib
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError, LocalTokenNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from ..files import NETWORK_ERRORS, UserError
+from .card import read_utf8
+from .network import with_retries
 from .verify import OPTIONAL, REQUIRED, is_weights
-
-WAITS = (1, 2, 4, 8)  # seconds between tries
-TRANSIENT = (408, 429, 500, 502, 503, 504)
-DENIED = (401, 403)
-
-
-def with_retries(call: Callable):
-    """The result of a call of the Hub's API; it is retried if the server is busy or the connection drops.
-
-    Raises:
-        UserError: the login is missing or invalid, or has no access.
-        one of NETWORK_ERRORS: another error, or the last one.
-    """
-    for wait in (*WAITS, None):
-        try:
-            return call()
-        except NETWORK_ERRORS as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in DENIED or isinstance(error, LocalTokenNotFoundError):
-                raise UserError(f"no access to the Hub; use `hf auth login` or HF_TOKEN to log in: {error}") from error
-            if wait is None or not (status in TRANSIENT or is_disconnected(error)):
-                raise
-            time.sleep(retry_after(error) or wait)
-
-
-def is_disconnected(error: Exception) -> bool:
-    """Whether there was no response; OSErrors of this machine are of another kind."""
-    is_http = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
-    return is_http and getattr(error, "response", None) is None
-
-
-def retry_after(error: Exception) -> int:
-    """The seconds that the Hub asks to wait, at most 60; 0 if it does not say."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    seconds = headers.get("Retry-After", "")
-    return min(int(seconds), 60) if seconds.isdecimal() else 0
 
 
 @dataclass
@@ -61,27 +24,29 @@ class RepoState:
 
 
 def repo_state(api: HfApi, repo_id: str) -> RepoState:
-    if not with_retries(lambda: api.repo_exists(repo_id)):
+    if not with_retries("looking for the repository", lambda: api.repo_exists(repo_id)):
         return RepoState({}, {}, private=True)
-    private = with_retries(lambda: api.repo_info(repo_id)).private
-    refs = with_retries(lambda: api.list_repo_refs(repo_id))
+    private = with_retries("reading the repository", lambda: api.repo_info(repo_id)).private
+    refs = with_retries("reading its branches and tags", lambda: api.list_repo_refs(repo_id))
     branches, tags = ({ref.name: ref.target_commit for ref in kind} for kind in (refs.branches, refs.tags))
     return RepoState(branches, tags, private)
 
 
 def pull_requests(api: HfApi, repo_id: str) -> dict[str, str]:
     """The refs of the pull requests of a repository, and their commits."""
-    refs = with_retries(lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
+    what = "reading its pull requests"
+    refs = with_retries(what, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
     return {request.ref: request.target_commit for request in refs.pull_requests}
 
 
 def remote_card(api: HfApi, repo_id: str, revision: str) -> str:
     """README.md of a revision, "" if it has none."""
     try:
-        path = with_retries(lambda: api.hf_hub_download(repo_id, "README.md", revision=revision))
+        download = lambda: api.hf_hub_download(repo_id, "README.md", revision=revision)  # noqa: E731
+        path = with_retries("reading its README.md", download)
     except EntryNotFoundError:
         return ""
-    return Path(path).read_text(encoding="utf-8")
+    return read_utf8(Path(path))
 
 
 def changes(api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str) -> tuple[list[str], list[str]]:
@@ -89,7 +54,8 @@ def changes(api: HfApi, repo_id: str, folder: Path, files: list[str], revision: 
 
     Other files of the repository are left alone.
     """
-    entries = with_retries(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
+    tree = lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision))  # noqa: E731
+    entries = with_retries("reading its list of files", tree)
     remote_files = [entry for entry in entries if isinstance(entry, RepoFile)]
     remote = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in remote_files}
     managed = {*REQUIRED, *OPTIONAL, "processor_config.json"}  # transformers would prefer the last one to ours

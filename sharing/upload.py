@@ -1,14 +1,21 @@
 """Upload a checkpoint's folder to the Hub in one commit, download it again, and compare its outputs."""
 
+import contextlib
+import time
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, get_token
 
 from ..files import NETWORK_ERRORS, RunError, UserError, terminal_text, write_atomically
 from .card import build_card, user_text
-from .repository import changes, pull_requests, remote_card, repo_state, with_retries
-from .verify import auto_class_of, check, differences, fresh_outputs, local_outputs, refuse_secrets
+from .commit import Target, create_and_upload
+from .network import announced, with_retries
+from .outgoing import refuse_secrets, snapshot
+from .repository import RepoState, changes, pull_requests, remote_card, repo_state
+from .verify import auto_class_of, check, differences, fresh_outputs, local_outputs, shared_names
+
+VERIFY_WAITS = (5, 30)  # seconds between tries to load a commit
 
 
 def push(
@@ -22,6 +29,7 @@ def push(
     commit_message: str | None = None,
     license: str | None = None,
     dry_run: bool = False,
+    verify: bool = True,
 ) -> str | None:
     """Checks a checkpoint, updates its card, uploads it and verifies the upload; returns the hash of the commit.
 
@@ -34,42 +42,41 @@ def push(
         tag: tag for the commit, set after it was verified.
         license: license id for the model card; by default that of the card or of the base model.
         dry_run: only check, and print what would be uploaded.
+        verify: load the commit in a fresh process and compare its outputs with those of the folder.
 
     Raises:
         UserError: the folder or the repository is not fit for this, or the login is missing. Nothing is uploaded.
-        RunError: the upload failed, or does not compute what the folder computes; the message says how to undo it.
+        RunError: the upload failed, the commit cannot be verified or tagged, or it does not compute what the folder
+            computes; the message says whether the commit is there, and what to do.
         one of NETWORK_ERRORS: the Hub cannot be reached or refuses. The repository is unchanged.
     """
-    folder = Path(folder)
+    folder, target = Path(folder), Target(repo_id, private, revision, create_pr, tag)
     message = commit_message or f"{folder.resolve().name}, pushed by vit_simple"
-    files, card = check_push(folder, repo_id, tag, license, message)
-    if dry_run:
-        local_outputs(folder)
-        sizes = {"README.md": len(card.encode())} | {name: (folder / name).stat().st_size for name in files}
-        lines = [*(f"{size:>13,}  {name}" for name, size in sizes.items()), "", *card.splitlines()]
-        print("\n".join(map(terminal_text, lines)))
-        return None
-    files, api = ["README.md", *files], HfApi()
-    with_retries(api.whoami)
-    repo = repo_state(api, repo_id)
-    if private and not repo.private:
-        raise UserError(f"--private: {repo_id} exists and is public")
-    head = repo.branches.get(revision or "main")
-    remote = remote_card(api, repo_id, head) if head is not None else ""
-    if keeps_remote_text(card, remote, head):
-        card = build_card(folder, repo_id, tag, license, remote)
-    write_atomically(folder / "README.md", card)
-
-    candidates = [] if head is None else [head, *(pull_requests(api, repo_id).values() if create_pr else [])]
-    sha = next((sha for sha in candidates if not any(changes(api, repo_id, folder, files, sha))), None)
-    if tag in repo.tags and (sha is None or repo.tags[tag] != head):
-        raise UserError(f"--tag: {tag} already exists, at {repo.tags[tag]}; choose a new one")
-    if sha is not None:
-        print(terminal_text(f"nothing to push: {api.endpoint}/{repo_id} already has these files, at {sha}"))
-    else:
-        sha = upload_and_verify(api, repo_id, folder, files, head, message, private, revision, create_pr)
+    with snapshot(folder, shared_names(folder)) as copy:
+        files, card = check_push(copy, repo_id, tag, license, message)
+        if dry_run:
+            local_outputs(copy)
+            sizes = {"README.md": len(card.encode())} | {name: (copy / name).stat().st_size for name in files}
+            lines = [*(f"{size:>13,}  {name}" for name, size in sizes.items()), "", *card.splitlines()]
+            print("\n".join(map(terminal_text, lines)))
+            return None
+        expected = local_outputs(copy) if verify else None
+        api = HfApi()
+        with_retries("checking the login", api.whoami)
+        repo = repo_state(api, repo_id)
+        if private and not repo.private:
+            raise UserError(f"--private: {repo_id} exists and is public")
+        head = repo.branches.get(revision or "main")
+        remote = remote_card(api, repo_id, head) if head is not None else ""
+        if keeps_remote_text(card, remote, head):
+            card = build_card(copy, repo_id, tag, license, remote)
+        for place in (copy, folder):
+            write_atomically(place / "README.md", card)
+        sha = commit_once(api, target, repo, copy, ["README.md", *files], message)
+        if expected is not None:
+            verify_commit(api, target, sha, auto_class_of(copy), expected, target.command(folder))
     if tag is not None:
-        with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=sha, exist_ok=True))
+        set_tag(api, target, sha, target.command(folder))
     return sha
 
 
@@ -101,104 +108,75 @@ def keeps_remote_text(card: str, remote: str, head: str | None) -> bool:
     return False
 
 
-# The upload
+# The upload and what follows
 
 
-def upload_and_verify(
-    api: HfApi,
-    repo_id: str,
-    folder: Path,
-    files: list[str],
-    head: str | None,
-    message: str,
-    private: bool,
-    revision: str | None,
-    create_pr: bool,
-) -> str:
-    """Creates repository and branch if needed, uploads, and verifies; returns the hash of the commit."""
-    expected, auto_class = local_outputs(folder), auto_class_of(folder)
-    with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-    if revision is not None:
-        with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    head = head or with_retries(lambda: api.repo_info(repo_id, revision=revision)).sha
-    sha = upload(api, repo_id, folder, files, head, message, revision, create_pr)
-
-    url = f"{api.endpoint}/{repo_id}"
-    if create_pr:
-        number = next(ref.rpartition("/")[2] for ref, made in pull_requests(api, repo_id).items() if made == sha)
-        page = f"{url}/discussions/{number}"
-        undo = f"close {page}"
-    else:
-        page = f"{url}/tree/{sha}"
-        branch = f" -b {revision}" if revision else ""
-        undo = f"git clone{branch} {url} && cd {repo_id.rpartition('/')[2]} && git revert {sha} && git push"
-    verify_commit(repo_id, sha, auto_class, expected, undo)
-    lines = (
-        f"verified: in a fresh process, {page} computes what {folder} computes here, bit for bit; load it with",
-        f'transformers.{auto_class}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)',
-    )
-    print("\n".join(map(terminal_text, lines)))
+def commit_once(api: HfApi, target: Target, repo: RepoState, folder: Path, files: list[str], message: str) -> str:
+    """The commit with these files, which is made unless the branch or a pull request has them already."""
+    head = repo.branches.get(target.revision or "main")
+    requests = pull_requests(api, target.repo_id).values() if target.create_pr and head is not None else []
+    candidates = [] if head is None else [head, *requests]
+    sha = next((sha for sha in candidates if not any(changes(api, target.repo_id, folder, files, sha))), None)
+    if target.tag in repo.tags and (sha is None or repo.tags[target.tag] != head):
+        raise UserError(f"--tag: {target.tag} already exists, at {repo.tags[target.tag]}; choose a new one")
+    if sha is None:
+        return create_and_upload(api, target, folder, files, head, message)
+    print(terminal_text(f"nothing to push: {api.endpoint}/{target.repo_id} already has these files, at {sha}"))
     return sha
 
 
-def upload(
-    api: HfApi,
-    repo_id: str,
-    folder: Path,
-    files: list[str],
-    parent: str,
-    message: str,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Uploads the files and deletes stale ones in one commit on top of `parent`; returns its hash.
+def verify_commit(
+    api: HfApi, target: Target, sha: str, auto_class: str, expected: dict[str, torch.Tensor], command: str
+):
+    """Loads a commit in a fresh process and compares its outputs with the expected ones.
 
-    Returns `parent` if it has the same files.
+    Args:
+        command: verifies the commit again, for errors.
 
     Raises:
-        RunError: the branch has changed since `parent`, or a file cannot be stored. The repository is unchanged.
-        one of NETWORK_ERRORS: the Hub cannot be reached or refuses. The repository is unchanged.
+        RunError: the outputs differ, or the commit cannot be loaded, which is tried several times.
     """
-    changed, stale = changes(api, repo_id, folder, files, parent)
-    if not changed and not stale:
-        return parent
-    old_requests = pull_requests(api, repo_id) if create_pr else {}
-
-    def commit() -> str:
-        # Not upload_folder, which would list stale files at the head of the branch instead of at `parent`.
-        operations = [CommitOperationAdd(name, folder / name) for name in changed]
-        operations += [CommitOperationDelete(name) for name in stale]
-        options = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": parent}
-        try:
-            return api.create_commit(repo_id, operations, **options).oid
-        except NETWORK_ERRORS:
-            if sha := find_our_commit():
-                return sha
-            raise
-        except RuntimeError as error:  # of the client, if the storage refuses a file
-            raise RunError(str(error)) from error
-
-    def find_our_commit() -> str | None:
-        """The commit, if it was made although the response was lost."""
-        if create_pr:
-            new = [sha for ref, sha in pull_requests(api, repo_id).items() if ref not in old_requests]
-            return next((sha for sha in new if not any(changes(api, repo_id, folder, files, sha))), None)
-        head = with_retries(lambda: api.repo_info(repo_id, revision=revision)).sha
-        if head == parent:
-            return None
-        if any(changes(api, repo_id, folder, files, head)):
-            raise RunError(f"{repo_id} changed since it was checked ({parent} is now {head}); review it and push again")
-        return head
-
-    return with_retries(commit)
-
-
-def verify_commit(repo_id: str, sha: str, auto_class: str, expected: dict[str, torch.Tensor], undo: str):
-    """Raises RunError, with the command that undoes it, if a commit does not compute the expected outputs."""
+    repo_id, url = target.repo_id, f"{api.endpoint}/{target.repo_id}"
     try:
-        problem = ", ".join(differences(expected, fresh_outputs(repo_id, sha, auto_class=auto_class)))
-        problem = problem and f"{repo_id} at {sha} differs from the folder in {problem}"
-    except UserError as error:
-        problem = f"{repo_id} at {sha}: {error}"
-    if problem:
-        raise RunError(f"{problem}\nto undo the push: {undo}")
+        page, undo = f"{url}/tree/{sha}", how_to_revert(url, sha, target.revision)
+        if target.create_pr:
+            number = next((ref for ref, made in pull_requests(api, repo_id).items() if made == sha), "").rpartition(
+                "/"
+            )[2]
+            page = f"{url}/discussions/{number}"
+            undo = f"close {page}"
+        info = with_retries("reading the repository", lambda: api.repo_info(repo_id))
+        outputs = load_patiently(repo_id, sha, auto_class, get_token() if info.private or info.gated else None)
+    except (UserError, *NETWORK_ERRORS) as error:
+        message = f"the commit {sha} is on the Hub, but it could not be verified: {error}"
+        raise RunError(f"{message}\nto verify it again: {command}") from error
+    if names := differences(expected, outputs):
+        raise RunError(f"{repo_id} at {sha} differs from the folder in {', '.join(names)}\nto undo the push: {undo}")
+    print(
+        f"verified: in a fresh process, {page} computes what the folder computes here, bit for bit; load it with\n"
+        f'transformers.{auto_class}.from_pretrained("{repo_id}", revision="{sha}", trust_remote_code=True)'
+    )
+
+
+def how_to_revert(url: str, sha: str, revision: str | None) -> str:
+    branch = f" -b {revision}" if revision else ""
+    return f"git clone{branch} {url} && cd {url.rpartition('/')[2]} && git revert {sha} && git push"
+
+
+def load_patiently(repo_id: str, sha: str, auto_class: str, token: str | None) -> dict[str, torch.Tensor]:
+    """The outputs of a commit in a fresh process; the storage may need some time after a commit."""
+    with announced(f"a fresh process that loads {repo_id}"):
+        for wait in VERIFY_WAITS:
+            with contextlib.suppress(UserError):
+                return fresh_outputs(repo_id, sha, auto_class=auto_class, token=token)
+            time.sleep(wait)
+        return fresh_outputs(repo_id, sha, auto_class=auto_class, token=token)
+
+
+def set_tag(api: HfApi, target: Target, sha: str, command: str):
+    create = lambda: api.create_tag(target.repo_id, tag=target.tag, revision=sha, exist_ok=True)  # noqa: E731
+    try:
+        with_retries("setting the tag", create)
+    except (UserError, *NETWORK_ERRORS) as error:
+        message = f"the commit {sha} is on the Hub and verified, but it cannot be tagged as {target.tag}: {error}"
+        raise RunError(f"{message}\nto try again: {command}") from error

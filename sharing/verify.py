@@ -1,6 +1,6 @@
-"""Checks before and after an upload: the files, secrets in them, and the model's outputs in a fresh process."""
+"""Checks before and after an upload: the files of a checkpoint, and the model's outputs in a fresh process."""
 
-import os
+import inspect
 import re
 import subprocess
 import sys
@@ -10,7 +10,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from huggingface_hub import get_token
 from safetensors.torch import load_file
 
 from ..configuration_vit_simple import AUTO_MAP, ViTSimpleConfig
@@ -18,15 +17,13 @@ from ..conversion.convert import open_config, read_config
 from ..conversion.state_dict import import_state_dict, join_names, load_tensors
 from ..data.processors import open_processor
 from ..files import CODE, PREPROCESSOR, RECORD, ROOT, SAFETENSORS, UserError, has_head, read_json
+from . import network
+from .outgoing import RECIPE, environment_without_secrets
+from .schema import CONFIG_FIELDS, check_types
 
 REQUIRED = ("config.json", PREPROCESSOR, *CODE)
-OPTIONAL = (RECORD, "train_config.yaml", "metrics.jsonl", "curves.png", "confusion.png", "predictions.png")
-SECRETS = re.compile(  # of the Hub, GitHub, GitLab, Slack, OpenAI, Google and AWS; private keys; passwords in URLs
-    rb"\b(hf|api_org|gh[pousr]|github_pat)_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_-]{20,}|\bxox[abeprs]-[A-Za-z0-9-]{10,}"
-    rb"|\bsk-(?=\S*\d)(?=\S*[A-Z])[A-Za-z0-9_-]{20,}|\bAIza[A-Za-z0-9_-]{35}|\b(AKIA|ASIA)[A-Z0-9]{16}\b"
-    rb"|PRIVATE KEY( BLOCK)?-----|://[^/\s:@]+:[^/\s:@]+@"
-)
-SECRET_VARIABLES = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY)$", re.IGNORECASE)
+OPTIONAL = (RECORD, RECIPE, "metrics.jsonl", "curves.png", "confusion.png", "predictions.png")
+PROCESS_SECONDS = 1800  # until a fresh process must have computed its outputs
 CACHE_VARIABLES = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE"}
 # Loads a checkpoint as a user would and saves what it computes from random images.
 FRESH_PROCESS = """
@@ -67,19 +64,22 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
     """The files of a checkpoint to upload beside its card, and warnings for the user.
 
     Raises:
-        UserError: a file is missing or damaged, config.json names attention kernels of the Hub, or the classes have no
-            names.
+        UserError: a file is missing or damaged, config.json names attention kernels of the Hub, a weight is not
+            finite, or the classes have no names.
     """
     if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
         raise UserError(f"FOLDER: {folder} has no {', '.join(missing)}; a checkpoint needs {', '.join(REQUIRED)}")
     content = read_config(folder)
     if content.get("model_type") != ViTSimpleConfig.model_type or content.get("auto_map") != AUTO_MAP:
         raise UserError(f"config.json: expected model_type vit_simple and the auto_map {AUTO_MAP}")
+    check_config(content, folder / "config.json")
     config = open_config(folder, ViTSimpleConfig)
     open_processor(read_json(folder / PREPROCESSOR))
     weights = sorted(path.name for path in folder.iterdir() if is_weights(path.name))
+    if not weights:
+        raise UserError(f"FOLDER: {folder} has no model.safetensors")
     tensors = load_tensors([folder / name for name in weights if name.endswith(".safetensors")])
-    import_state_dict(tensors, {}, config)
+    check_tensors(tensors, config, folder)
     if has_head(content) != ("head.weight" in tensors):
         raise UserError(f"config.json: architectures {content.get('architectures')} do not match the weights")
     names = list(config.id2label.values())
@@ -90,28 +90,46 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
     return files, [f"{name} differs from the installed one; the checkpoint keeps its own" for name in changed]
 
 
+def check_config(content: dict, file: Path):
+    """Raises UserError if a field of config.json has a wrong type, which the libraries would trust."""
+    check_types(content, CONFIG_FIELDS, f"{file}: ")
+    if numbers := [number for number in content.get("id2label", {}) if not number.isdecimal()]:
+        raise UserError(f"{file}: id2label: expected numbers of classes, got {join_names(numbers)}")
+    for name in ("dtype", "torch_dtype"):
+        value = content.get(name)
+        if value is not None and not isinstance(getattr(torch, value, None), torch.dtype):
+            raise UserError(f"{file}: {name}: expected a dtype of torch, such as float32, got {value}")
+
+
+def check_tensors(tensors: dict[str, torch.Tensor], config: ViTSimpleConfig, folder: Path):
+    """Raises UserError if the weights are not those of the config, or not finite."""
+    blocks = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+    if len(blocks) != config.num_hidden_layers:  # before such a model is built: it may be too large
+        file, layers = folder / "config.json", config.num_hidden_layers
+        raise UserError(f"{file}: expected num_hidden_layers of {len(blocks)}, as in the weights, got {layers}")
+    try:
+        import_state_dict(tensors, {}, config)
+    except RuntimeError as error:  # of torch, for sizes that no tensor can have
+        raise UserError(f"{folder / 'config.json'}: expected sizes that fit the weights: {error}") from error
+    if bad := [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]:
+        raise UserError(f"{folder}: expected finite weights, got NaN or infinity in {join_names(bad)}")
+
+
+def shared_names(folder: Path) -> list[str]:
+    """The names in a folder that a push takes along, whatever kind of file they are."""
+    names = sorted(path.name for path in folder.glob("*"))
+    return [name for name in names if name in ("README.md", *REQUIRED, *OPTIONAL) or is_weights(name)]
+
+
 def is_weights(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in (*SAFETENSORS, "model.safetensors.index.json"))
-
-
-def refuse_secrets(files: dict[str, bytes]):
-    """Raises UserError if a file contains a secret of this machine or what looks like a token, a key or a password."""
-    values = {name: text for name, text in os.environ.items() if SECRET_VARIABLES.search(name) and len(text) > 7}
-    values |= {"the Hub token": token} if (token := get_token()) else {}
-    for file, content in files.items():
-        if file.endswith(".safetensors"):  # only the header is text
-            content = content[: 8 + int.from_bytes(content[:8], "little")]
-        name = next((name for name, text in values.items() if text.encode() in content), None)
-        if name or SECRETS.search(content):
-            secret = f"the value of {name}" if name else "what looks like a token, a key or a password"
-            raise UserError(f"{file} contains {secret}: remove it before you share the checkpoint")
 
 
 # The outputs
 
 
 def fresh_outputs(
-    source: str, revision: str = "", code: str = "remote", auto_class: str = "AutoModel"
+    source: str, revision: str = "", code: str = "remote", auto_class: str = "AutoModel", token: str | None = None
 ) -> dict[str, torch.Tensor]:
     """The outputs of a checkpoint for fixed images, computed in a fresh process with empty caches.
 
@@ -119,19 +137,27 @@ def fresh_outputs(
         source, revision: a folder, or a repository and its commit.
         code: "remote" for the checkpoint's own code, "local" for that of the installed package.
         auto_class: the Auto class that loads it.
+        token: for a private repository. The process has no other secret of this machine.
 
     Raises:
         UserError: it does not load there; with the last line of that process.
     """
+    limits = f"{inspect.getsource(network.limit_requests)}\nlimit_requests{network.LIMITS}\n"
     with tempfile.TemporaryDirectory() as home:
-        variables = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}
-        variables |= {"HF_HOME": home, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        variables |= {"HF_TOKEN": get_token() or ""} if revision else {"HF_HUB_OFFLINE": "1"}
+        environment = environment_without_secrets().items()
+        variables = {name: value for name, value in environment if name not in CACHE_VARIABLES}
+        variables |= {"HF_HOME": home, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": token or ""}
+        variables |= {} if revision else {"HF_HUB_OFFLINE": "1"}
         arguments = [source, revision, auto_class, f"{home}/outputs", code]
-        command = [sys.executable, "-c", FRESH_PROCESS, *arguments]
-        result = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True)
+        command = [sys.executable, "-c", limits + FRESH_PROCESS, *arguments]
+        options: dict = {"cwd": home, "env": variables, "capture_output": True, "text": True}
+        try:
+            result = subprocess.run(command, timeout=PROCESS_SECONDS, **options)
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"{source} does not load within {PROCESS_SECONDS} seconds in a fresh process") from error
         if result.returncode:
-            raise UserError(f"{source} does not load in a fresh process: {result.stderr.strip().splitlines()[-1]}")
+            reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+            raise UserError(f"{source} does not load in a fresh process: {reason}")
         return load_file(f"{home}/outputs")
 
 
@@ -152,11 +178,13 @@ def local_outputs(folder: Path) -> dict[str, torch.Tensor]:
     """The outputs of a folder in a fresh process.
 
     Raises:
-        UserError: the folder's own code and the installed package compute different outputs.
+        UserError: the folder's own code and the installed package compute different outputs, or they are not finite.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, network.announced("two fresh processes that load the folder"):
         source, auto_class = str(folder.resolve()), auto_class_of(folder)
         own, installed = pool.map(lambda code: fresh_outputs(source, "", code, auto_class), ("remote", "local"))
+    if names := [name for name, output in own.items() if not output.isfinite().all()]:
+        raise UserError(f"{folder}: expected finite outputs, got NaN or infinity in {', '.join(names)}")
     if names := differences(own, installed):
         raise UserError(f"{folder}: its code and the installed package compute different {', '.join(names)}")
     return own

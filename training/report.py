@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -51,3 +52,9 @@ def print_bad_images(accelerator: Accelerator, splits: Splits):
     ]
     if bad_images:
         accelerator.print("\n  ".join([f"skipped {len(bad_images)} unreadable images:", *bad_images]))
+
+
+def print_saved(accelerator: Accelerator, folder: Path):
+    accelerator.print(terminal_text(f"saved in {folder}; load it anywhere on this machine with"))
+    code = f'transformers.pipeline("image-classification", "{folder.resolve()}", trust_remote_code=True)'
+    accelerator.print(f"  {terminal_text(code)}")

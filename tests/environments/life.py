@@ -43,9 +43,9 @@ for folder in folders:
 
 ASK = """
 from huggingface_hub import HfApi
-from vit_simple.sharing.upload import with_retries
+from vit_simple.sharing.network import with_retries
 
-print("NAME", with_retries(HfApi().whoami)["name"])
+print("NAME", with_retries("checking the login", HfApi().whoami)["name"])
 """
 
 

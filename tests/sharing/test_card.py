@@ -159,6 +159,58 @@ def test_card_of_a_multi_label_model_lists_its_classes(folder):
     assert "For each image, it predicts any number of its 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in text
 
 
+HOSTILE = [
+    "<!-- vit_simple: end -->",
+    "<img src=x onerror=alert(1)>",
+    "x](http://evil.example)\n\n## Heading",
+    "日本語",
+]
+
+
+def test_card_with_hostile_names_is_built_again_and_has_no_markup_of_them(folder):
+    config, record = (json.loads((folder / name).read_text()) for name in ("config.json", "provenance.json"))
+    config["id2label"] = {str(number): HOSTILE[number % 4] for number in range(10)}
+    record["dataset"]["name"] = record["hardware"] = HOSTILE[0]
+    record["base_model"], record["remarks"] = HOSTILE[2], HOSTILE
+    record["commands"] = ["python train.py ```\n## Heading\n<!-- vit_simple: end -->"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "provenance.json").write_text(json.dumps(record))
+    recipe = folder / "train_config.yaml"
+    recipe.write_text(recipe.read_text() + "note: '<!-- vit_simple: end -->'\n")
+    card = build_card(folder)
+    (folder / "README.md").write_text(card)
+    assert build_card(folder) == card
+    text = ModelCard(card).text
+    assert text.count(END) == 1 and "<img" not in text and "](http:" not in text and "日本語" in text
+    assert "\n## Heading" not in text and "\n````bash\n" in text
+
+
+@pytest.mark.parametrize(
+    "file, content, reason",
+    [
+        ("provenance.json", {"dataset": "digits"}, 'dataset: expected an object, got "digits"'),
+        ("provenance.json", {"dataset": None}, "dataset: expected an object, got null"),
+        ("provenance.json", {"dataset": {"name": "digits"}}, "dataset: on_hub is missing"),
+        ("provenance.json", {"versions": ["a"]}, r"versions: expected an object, got \["),
+        ("provenance.json", {"commands": "python"}, "commands: expected a list"),
+        ("config.json", {"id2label": {"0": 0}}, r"id2label\.0: expected a string, got 0|is missing"),
+        ("metrics.jsonl", ["step"], "line 1: expected an object"),
+        ("metrics.jsonl", {"step": "1", "split": "test"}, "line 1: step: expected an integer"),
+        ("metrics.jsonl", {"step": 1, "split": "test"}, "line 1: count is missing"),
+    ],
+)
+def test_card_refuses_wrong_types_with_file_and_field(folder, file, content, reason):
+    (folder / file).write_text(json.dumps(content) + "\n")
+    with pytest.raises(UserError, match=f"{re.escape(file)}.*{reason}"):
+        build_card(folder)
+
+
+def test_card_that_is_not_utf_8_is_named(folder):
+    (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff")
+    with pytest.raises(UserError, match=r"README\.md: expected a text in UTF-8"):
+        build_card(folder)
+
+
 def test_confidence_interval_is_wilsons():
     assert confidence_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert confidence_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from tests.fake_hub.hub import Fault, Hub
 from tests.sharing.conftest import NAME, PROGRAMS, TOKEN, call, call_program, edit
 from vit_simple import ViTSimpleForImageClassification
 from vit_simple.files import ROOT, RunError, UserError
+from vit_simple.sharing import upload as sharing_upload
 from vit_simple.sharing.card import BEGIN
-from vit_simple.sharing.upload import push, verify_commit
+from vit_simple.sharing.commit import Target
+from vit_simple.sharing.upload import push, set_tag, verify_commit
 
 
 def push_command(hub: Hub, work: Path, *arguments, **options) -> subprocess.CompletedProcess:
@@ -55,9 +58,9 @@ def test_train_uploads_neither_its_checkpoints_nor_the_token(trained):
         assert all(TOKEN.encode() not in content for content in commit.files.values())
 
 
-def test_printed_line_loads_the_pushed_commit_without_the_package(trained, tmp_path):
+def test_printed_line_loads_the_last_commit_without_the_package(trained, tmp_path):
     hub, folder, printed = trained
-    commits = head(hub).history()[-2::-1]
+    commits = [head(hub)]  # only the last push is verified
     lines = re.findall(r"^transformers\..*$", printed, flags=re.MULTILINE)
     assert [re.search('revision="(.*?)"', line)[1] for line in lines] == [commit.sha for commit in commits]
     python = environment_without_package(tmp_path / "environment")
@@ -67,8 +70,7 @@ def test_printed_line_loads_the_pushed_commit_without_the_package(trained, tmp_p
     assert loaded.returncode == 0, loaded.stderr
     with torch.no_grad():
         expected = ViTSimpleForImageClassification.from_pretrained(folder)(torch.ones(1, 3, 8, 8)).logits
-    first, last = map(json.loads, loaded.stdout.splitlines()[-2:])
-    assert last == expected.tolist() and first != last
+    assert json.loads(loaded.stdout.splitlines()[-1]) == expected.tolist()
 
 
 def test_pushed_card_states_the_license_and_the_last_result(trained):
@@ -277,17 +279,64 @@ def test_uploads_under_random_faults_leave_no_broken_head(hub, tmp_path, request
     assert not any(TOKEN in json.dumps(asked.headers) for asked in hub.log if "/storage/" in asked.path)
 
 
-def test_verify_commit_raises_with_the_way_to_undo_the_push(hub, folder, monkeypatch):
+class Api:
+    """The answers that verification and tagging need."""
+
+    endpoint = "https://hub"
+
+    def repo_info(self, repo_id: str) -> SimpleNamespace:
+        return SimpleNamespace(private=False, gated=False)
+
+    def create_tag(self, *arguments, **options):
+        raise OSError("403 Forbidden")
+
+
+TARGET, LOGITS = Target(NAME, False, None, False, "v1"), {"logits": torch.ones(2, 10)}
+
+
+def test_verification_advises_to_undo_the_push_only_if_the_outputs_differ(monkeypatch):
+    outputs = {"logits": torch.zeros(2, 10)}
+    monkeypatch.setattr(sharing_upload, "fresh_outputs", lambda *arguments, **options: outputs)
+    with pytest.raises(
+        RunError, match=r"abc differs from the folder in logits\nto undo the push: git clone .*revert abc"
+    ):
+        verify_commit(Api(), TARGET, "abc", "AutoModel", LOGITS, "push again")
+
+
+def test_verification_is_tried_again_if_the_commit_cannot_be_loaded_yet(monkeypatch, capsys):
+    answers = [UserError("503"), UserError("503"), LOGITS]
+
+    def load(*arguments, **options):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(sharing_upload, "fresh_outputs", load)
+    monkeypatch.setattr(sharing_upload, "VERIFY_WAITS", (0, 0))
+    verify_commit(Api(), TARGET, "abc", "AutoModel", LOGITS, "push again")
+    assert "verified: " in capsys.readouterr().out and not answers
+
+
+def test_commit_that_cannot_be_loaded_is_called_unverified_and_not_wrong(hub, folder, monkeypatch):
     for name, value in hub.environment(folder, TOKEN).items():
         monkeypatch.setenv(name, value)
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     sha = hub.create(f"models/{NAME}", files).at("main").sha
-    expected = {"logits": torch.zeros(2, 10), "scores": torch.zeros(10)}
-    different = f"{sha} differs from the folder in logits, scores\nto undo the push: revert it"
-    with pytest.raises(RunError, match=different):
-        verify_commit(NAME, sha, "AutoModelForImageClassification", expected, "revert it")
-    with pytest.raises(RunError, match=r"does not load in a fresh process: .*\nto undo the push: revert it"):
-        verify_commit("user/nowhere", sha, "AutoModelForImageClassification", expected, "revert it")
+    hub.faults.append(Fault("/storage/", status=404, times=999))  # 503 is tried again for minutes
+    monkeypatch.setattr(sharing_upload, "VERIFY_WAITS", ())
+    with pytest.raises(RunError) as caught:
+        verify_commit(Api(), TARGET, sha, "AutoModelForImageClassification", LOGITS, TARGET.command(folder))
+    assert f"the commit {sha} is on the Hub, but it could not be verified: " in str(caught.value)
+    assert f"to verify it again: python push_to_hub.py {folder} {NAME} --tag v1" in str(caught.value)
+    assert "undo" not in str(caught.value) and "revert" not in str(caught.value)
+
+
+def test_tag_that_fails_leaves_a_verified_commit_and_says_so():
+    with pytest.raises(
+        RunError, match=r"the commit abc is on the Hub and verified, but .* v1: 403 Forbidden\nto try again"
+    ):
+        set_tag(Api(), TARGET, "abc", "push again")
 
 
 # The user's text on the Hub

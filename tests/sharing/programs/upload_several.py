@@ -13,7 +13,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from vit_simple.sharing.upload import NETWORK_ERRORS, upload
+from vit_simple.files import NETWORK_ERRORS
+from vit_simple.sharing.commit import upload
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 api = HfApi()
