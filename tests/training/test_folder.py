@@ -201,7 +201,7 @@ def test_metrics_never_hold_a_number_that_is_not_finite(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(train, "evaluate", broken)
-    with pytest.raises(SystemExit, match="loss of the split 'validation' at step 7 is nan"):
+    with pytest.raises(SystemExit, match="loss of the split 'validation' at step 4 is nan"):
         main([*OPTIONS, "--output_dir", str(tmp_path / "run")])
     assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
 
