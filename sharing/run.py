@@ -146,5 +146,5 @@ with command_errors("push"):
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process = None
+            self.process: subprocess.Popen | None = None
             self.work.cleanup()

@@ -130,7 +130,7 @@ class Checkpoints:
         if isinstance(self.splits["train"], StreamingSplit):
             state["places"] = gather_object([self.splits["train"].state_dict()])
         target = self.folder / "checkpoints" / f"step_{step:06d}"
-        unfinished = target.with_name(f".{target.name}")
+        unfinished = target.with_name(f".{target.name}.new")  # not the name that `delete` gives to an older one
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
             accelerator.save_state(str(unfinished))

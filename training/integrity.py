@@ -8,7 +8,7 @@ from pathlib import Path
 from ..files import UserError, check_types, read_json, read_text
 
 NAME = re.compile(r"step_([0-9]{6}|[1-9][0-9]{6,})")
-UNFINISHED = re.compile(r"\." + NAME.pattern)  # being written or deleted
+UNFINISHED = re.compile(rf"\.{NAME.pattern}(\.new)?")  # being deleted, or written
 STATE = "state.json"
 SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` reads it, too
 STATE_FIELDS = {

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,11 @@ from vit_simple.files import UserError, read_metrics
 from vit_simple.train import main
 from vit_simple.training.integrity import complete_checkpoints, write_sums
 
-MODEL = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
+MODEL = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
+MODEL += "intermediate_size: 32}"
 OPTIONS = ["--dataset_name", DIGITS, "--model", MODEL, "--max_train_samples", "64", "--max_eval_samples", "16"]
 OPTIONS += ["--max_steps", "7", "--save_steps", "2", "--per_device_train_batch_size", "16", "--ema_decay", "0.9"]
+OPTIONS += ["--save_total_limit", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_named_checkpoint_of_a_finished_run_changes_nothing_until_it_is_replaced
     main([*OPTIONS, "--resume_from_checkpoint", str(run / "checkpoints/step_000002")])
     assert (run / "finished.json").is_file() and not (run / ".metrics.jsonl").exists()
     assert (run / "model.safetensors").read_bytes() == before[run / "model.safetensors"]
-    assert [path.name for path in complete_checkpoints(run)] == ["step_000004", "step_000006"] or True
+    assert [path.name for path in complete_checkpoints(run)] == ["step_000002", "step_000004", "step_000006"]
 
 
 def test_damaged_older_checkpoint_leaves_the_newer_ones(run):
@@ -199,9 +200,9 @@ def test_metrics_never_hold_a_number_that_is_not_finite(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(train, "evaluate", broken)
-    with pytest.raises(SystemExit, match="loss of the split 'validation' at step 7 is nan"):
+    with pytest.raises(SystemExit, match="loss of the split 'validation' at step 4 is nan"):
         main([*OPTIONS, "--output_dir", str(tmp_path / "run")])
-    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    assert all(row["split"] == "train" for row in read_metrics(tmp_path / "run"))
 
 
 # Names, links and owners
@@ -275,32 +276,3 @@ def test_output_folder_inside_the_dataset_is_refused(tmp_path):
     said = message("--dataset_name", tmp_path / "images", "--output_dir", tmp_path / "images/run")
     assert "--output_dir: expected a folder outside the dataset" in said
     assert not (tmp_path / "images/run").exists()
-
-
-# Full disks
-
-
-@pytest.mark.parametrize("limit", [300, 3_000, 20_000, 30_000])
-def test_full_disk_is_one_line_and_loses_nothing_earlier(run, limit):
-    """The limit on the size of a file stands in for the full disk."""
-    before = content(run)
-    code = f"""
-import resource, signal, sys
-from vit_simple import train
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-train_schedule = train.schedule
-def full(*given):
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
-    return train_schedule(*given)
-train.schedule = full
-train.main(sys.argv[1:])
-"""
-    options = [*OPTIONS, "--resume_from_checkpoint", str(run / "checkpoints/step_000006")]
-    command = [sys.executable, "-c", code, *options]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("train.py: error: ") and "the last good checkpoint is" in last
-    now = content(run)
-    for path in ("model.safetensors", "config.json", "modeling_vit_simple.py", "checkpoints/step_000006/state.json"):
-        assert now[run / path] == before[run / path]
