@@ -193,8 +193,8 @@ def check_types(value: typing.Any, expected: typing.Any, source: str, field: str
         if not isinstance(value, numbers) or (isinstance(value, bool) and base is not bool):
             continue
         if inner:
-            items: typing.Any = enumerate(value) if base is list else value.items()
-            for name, item in items:
+            contents: typing.Any = value
+            for name, item in enumerate(contents) if base is list else contents.items():
                 check_types(item, inner[-1], source, f"{place}{name}")
         return
     if not field:

@@ -95,7 +95,8 @@ with command_errors("push"):
 """
 
     def __init__(self, config: TrainConfig, folder: Path):
-        self.config, self.folder, self.process, self.title = config, folder, None, ""
+        self.config, self.folder, self.title = config, folder, ""
+        self.process: subprocess.Popen | None = None
         atexit.register(self.stop)
 
     def start(self, step: int) -> str:
