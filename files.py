@@ -151,6 +151,8 @@ MODEL_FIELDS = {
     "dtype": str | None,
     "problem_type": str | None,
     "architectures": list[str] | None,
+    **{name: int for name in ("num_hidden_layers", "hidden_size")},
+    **{name: int | list[int] for name in ("image_size", "patch_size")},
 }
 METRIC_FIELDS = {
     "step": int,
@@ -238,6 +240,8 @@ def read_metrics(folder: Path) -> list[dict]:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}: expected a JSON object in each line: line {number}: {error}") from error
             check_types(lines[-1], METRIC_FIELDS, f"{file}, line {number}")
+            if lines[-1]["split"] != "train":
+                check_types(lines[-1], {"count": int}, f"{file}, line {number}")
     return lines
 
 

@@ -84,7 +84,9 @@ def merge_data(old: ModelCardData, new: dict) -> dict:
     determined = {name: new[name] for name in ("datasets", "metrics", "base_model", "model_name") if name in new}
     kept = {name: value for name, value in old.to_dict().items() if name != "model-index"}
     data = new | kept | determined
-    evaluated = {(result.dataset_type, result.dataset_split) for result in new.get("eval_results", [])}
+    results = new.get("eval_results", [])
+    evaluated = {(result.dataset_type, result.dataset_split) for result in results}
+    evaluated |= {(result.dataset_type, None) for result in results}  # an earlier validation of the same run
     others = [
         result for result in old.eval_results or [] if (result.dataset_type, result.dataset_split) not in evaluated
     ]

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import safetensors
 
-from ..files import PREPROCESSOR, RECORD, has_head, read_json, read_metrics
+from ..files import MODEL_FIELDS, PREPROCESSOR, RECORD, RECORD_FIELDS, has_head, read_json, read_metrics
 from .markdown import fenced, markdown
 from .outgoing import RECIPE, cut_record, recipe_text
-from .schema import CONFIG_FIELDS, RECORD_FIELDS, check_metrics, check_types
 
 PLACEHOLDER = "your-name"  # the user in snippets, until the checkpoint is pushed
 METRICS = {  # name in metrics.jsonl: the Hub's name of the metric, and the title in the card
@@ -56,13 +55,8 @@ class Facts:
     @classmethod
     def read(cls, folder: Path) -> "Facts":
         """Raises UserError, naming file and field, if one of them is damaged."""
-        record, config, processor = (read_json(folder / name) for name in (RECORD, "config.json", PREPROCESSOR))
-        metrics = read_metrics(folder)
-        check_types(record, RECORD_FIELDS, f"{folder / RECORD}: ")
-        check_types(config, CONFIG_FIELDS, f"{folder / 'config.json'}: ")
-        for number, line in enumerate(metrics, 1):
-            check_metrics(line, f"{folder / 'metrics.jsonl'}, line {number}: ")
-        return cls(folder, cut_record(record), config, processor, metrics)
+        record, config = read_json(folder / RECORD, RECORD_FIELDS), read_json(folder / "config.json", MODEL_FIELDS)
+        return cls(folder, cut_record(record), config, read_json(folder / PREPROCESSOR), read_metrics(folder))
 
     @property
     def result(self) -> dict:

@@ -14,8 +14,7 @@ from urllib.parse import unquote_to_bytes
 import yaml
 from huggingface_hub import get_token
 
-from ..files import RECORD, RunError, UserError, read_json
-from .schema import RECORD_FIELDS, check_types
+from ..files import RECORD, RECORD_FIELDS, RunError, UserError, read_json
 
 RECIPE = "train_config.yaml"
 SECRETS = re.compile(  # the formats that these services publish; private keys; passwords and signatures in URLs
@@ -82,8 +81,7 @@ def open_without_links(name: str, flags: int) -> int:
 def remove_paths(folder: Path):
     """Cuts the absolute paths in the record and the recipe of a snapshot."""
     if (folder / RECORD).exists():
-        content = read_json(folder / RECORD)
-        check_types(content, RECORD_FIELDS, f"{folder / RECORD}: ")
+        content = read_json(folder / RECORD, RECORD_FIELDS)
         (folder / RECORD).write_text(json.dumps(cut_record(content), indent=2) + "\n", encoding="utf-8")
     if (folder / RECIPE).exists():
         (folder / RECIPE).write_text(recipe_text(folder), encoding="utf-8")

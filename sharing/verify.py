@@ -16,10 +16,20 @@ from ..configuration_vit_simple import AUTO_MAP, ViTSimpleConfig
 from ..conversion.convert import open_config, read_config
 from ..conversion.state_dict import import_state_dict, join_names, load_tensors
 from ..data.processors import open_processor
-from ..files import CODE, PREPROCESSOR, RECORD, ROOT, SAFETENSORS, UserError, has_head, read_json
+from ..files import (
+    CODE,
+    MODEL_FIELDS,
+    PREPROCESSOR,
+    RECORD,
+    ROOT,
+    SAFETENSORS,
+    UserError,
+    check_types,
+    has_head,
+    read_json,
+)
 from . import network
 from .outgoing import RECIPE, environment_without_secrets
-from .schema import CONFIG_FIELDS, check_types
 
 REQUIRED = ("config.json", PREPROCESSOR, *CODE)
 OPTIONAL = (RECORD, RECIPE, "metrics.jsonl", "curves.png", "confusion.png", "predictions.png")
@@ -92,7 +102,7 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
 
 def check_config(content: dict, file: Path):
     """Raises UserError if a field of config.json has a wrong type, which the libraries would trust."""
-    check_types(content, CONFIG_FIELDS, f"{file}: ")
+    check_types(content, MODEL_FIELDS, str(file))
     if numbers := [number for number in content.get("id2label", {}) if not number.isdecimal()]:
         raise UserError(f"{file}: id2label: expected numbers of classes, got {join_names(numbers)}")
     for name in ("dtype", "torch_dtype"):

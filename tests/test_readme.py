@@ -45,9 +45,14 @@ shutil.copytree({str(ROOT / "data/digits")!r}, "data/digits")
     run_python(sys.executable, tmp_path / "work", "\n".join([setup, *blocks(ROOT / name, "python")]))
 
 
+def joined(block: str) -> list[str]:
+    """The lines of a block, those that end with a backslash joined with the next."""
+    return block.replace("\\\n", "").splitlines()
+
+
 def commands(script: str) -> list[list[str]]:
     """The arguments of every line that calls a script."""
-    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in joined(block)]
     words = [re.split(r"; done$", line)[0] for line in lines]
     words = [shlex.split(line, comments=True) for line in words]
     return [line[line.index(script) + 1 :] for line in words if script in line]

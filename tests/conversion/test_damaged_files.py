@@ -113,7 +113,7 @@ def test_truncated_weights_are_refused_by_training(checkpoint):
 @pytest.mark.parametrize(
     "fields, reason",
     [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 20"),
+        ({"num_hidden_layers": 10**9}, "expected num_hidden_layers of 1, as in the weights"),
         ({"hidden_size": 10**12}, "expected the sizes of a model that can be built"),
         ({"image_size": 10**30}, "expected the sizes of a model that can be built"),
     ],

@@ -148,7 +148,13 @@ def test_dry_run_prints_files_and_card_and_changes_nothing(folder, capsys):
     assert push(folder, NAME, dry_run=True) is None
     listing, _, card = capsys.readouterr().out.partition("\n---\n")
     names = {line.split()[-1] for line in listing.splitlines() if line}
-    assert names == {path.name for path in folder.iterdir()} - {".env", "checkpoints", "optimizer.bin"}
+    assert names == {path.name for path in folder.iterdir()} - {
+        ".env",
+        ".lock",
+        "checkpoints",
+        "finished.json",
+        "optimizer.bin",
+    }
     assert f'model="{NAME}"' in card and f'model="{NAME}"' not in (folder / "README.md").read_text()
 
 
