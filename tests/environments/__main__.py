@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 DEPENDENCIES = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
 OLDEST = dict(line.split(">=") for line in DEPENDENCIES)  # name: version
-LIBRARIES = ("transformers", "accelerate", "datasets", "huggingface-hub", "kornia", "kornia-rs", "safetensors")
+LIBRARIES = ("transformers", "accelerate", "datasets", "huggingface-hub", "kornia-rs", "safetensors")
 TRANSFORMERS = (
     "4.57.6",
     "5.0.0",
