@@ -182,7 +182,7 @@ class TrainConfig:
         "hub",
         None,
         None,
-        "license id, such as apache-2.0 (default: that of the base model); required to push if there is none",
+        "license id, such as apache-2.0 (default: the base model's); required for a push if no license is known",
     )
 
     def __post_init__(self):

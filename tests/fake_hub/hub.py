@@ -459,7 +459,9 @@ class Hub:
 
     def __enter__(self) -> "Hub":
         self.servers = [Server(("127.0.0.1", 0), Handler) for _ in range(2)]
-        self.url, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        # Two host names: clients follow a redirect within a host, and expect the headers of the Hub there.
+        hosts = zip(("127.0.0.1", "localhost"), self.servers)
+        self.url, self.storage = (f"http://{host}:{server.server_port}" for host, server in hosts)
         for server in self.servers:
             server.hub = self
             threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
