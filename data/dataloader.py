@@ -40,7 +40,7 @@ def fits_in_cache(count: int, shape: tuple[int, int, int]) -> bool:
 
 
 def headers(data: ImageData) -> Iterator[PIL.Image.Image]:
-    """The training images, of which only the headers are decoded, without the bad ones."""
+    """The training images without the bad ones; only their headers are decoded."""
     for batch in data.splits["train"].select_columns([data.image_column]).iter(READ_BATCH_SIZE):
         for value in batch[data.image_column]:
             with contextlib.suppress(BadImage):

@@ -261,7 +261,7 @@ def limitations(facts: Facts) -> str:
         if facts.dataset.get("has_16_bit_images"):
             lines.append(
                 "Training rescaled 16-bit images to 8 bits, but a pipeline clips them at 255. Convert 16-bit images to "
-                "8-bit before calling it."
+                "8-bit images before you pass them to a pipeline."
             )
     if not has_head(facts.config):
         lines.append("It outputs features, not classes.")

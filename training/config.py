@@ -36,8 +36,7 @@ class TrainConfig:
         "data",
         "data/digits",
         None,
-        "Hub id, folder, or parquet, arrow or tar file; with neither this option nor a recipe, recipes/digits.yaml "
-        "runs",
+        "Hub id, folder, or parquet, arrow or tar file; without it and without a recipe, recipes/digits.yaml runs",
     )
     dataset_config_name: str | None = option("data", None, None, "configuration of the dataset")
     dataset_revision: str | None = option("data", None, None, "branch, tag or commit of the dataset on the Hub")
@@ -75,8 +74,8 @@ class TrainConfig:
         "data",
         None,
         AMOUNT,
-        "processes that decode images, for each training process (default: with a GPU, its share of the CPU cores, at "
-        "most 16; without one, 0, or 1 when streaming)",
+        "decoding workers per training process (default: on a GPU, an equal share of the CPU cores, up to 16; on a CPU, "
+        "0, or 1 with --streaming)",
     )
     on_bad_image: str = option(
         "data", "error", ("error", "skip"), "stop at an image that cannot be decoded, or skip it"
