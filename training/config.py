@@ -74,7 +74,7 @@ class TrainConfig:
         "data",
         None,
         AMOUNT,
-        "decoding workers per training process (default: on a GPU, an equal share of the CPU cores, up to 16; on a CPU, "
+        "decoding workers per training process (default: on a GPU, an equal share of the CPU cores, up to 16; on a CPU "
         "0, or 1 with --streaming)",
     )
     on_bad_image: str = option(
