@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, LocalTokenNotFoundError
 
 from ..files import NETWORK_ERRORS, UserError
 
@@ -90,25 +90,26 @@ def with_retries(what: str, call: Callable):
             try:
                 return call()
             except NETWORK_ERRORS as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
+                cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error  # of a download
+                status = getattr(getattr(cause, "response", None), "status_code", None)
                 if status in DENIED or isinstance(error, LocalTokenNotFoundError):
                     message = f"no access to the Hub; use `hf auth login` or HF_TOKEN to log in: {error}"
                     raise UserError(message) from error
-                may_pass = status in TRANSIENT or is_disconnected(error)
+                may_pass = status in TRANSIENT or is_disconnected(cause)
                 if wait is None or not may_pass or time.monotonic() - start > PATIENCE:
-                    if is_disconnected(error):
-                        error.args = (f"{what}: the Hub does not answer ({error})",)
+                    if is_disconnected(cause):
+                        error.args = (f"{what}: the Hub does not answer ({cause})",)
                     raise
-                time.sleep(retry_after(error) or wait)
+                time.sleep(retry_after(cause) or wait)
 
 
-def is_disconnected(error: Exception) -> bool:
+def is_disconnected(error: BaseException | None) -> bool:
     """Whether there was no response; OSErrors of this machine are of another kind."""
     is_http = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
     return is_http and getattr(error, "response", None) is None
 
 
-def retry_after(error: Exception) -> int:
+def retry_after(error: BaseException | None) -> int:
     """The seconds that the Hub asks to wait, at most 60; 0 if it does not say."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     seconds = headers.get("Retry-After", "")

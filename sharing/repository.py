@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
@@ -44,6 +44,8 @@ def remote_card(api: HfApi, repo_id: str, revision: str) -> str:
     try:
         download = lambda: api.hf_hub_download(repo_id, "README.md", revision=revision)  # noqa: E731
         path = with_retries("reading its README.md", download)
+    except LocalEntryNotFoundError:  # also an EntryNotFoundError, but the Hub did not answer
+        raise
     except EntryNotFoundError:
         return ""
     return read_utf8(Path(path))

@@ -206,7 +206,8 @@ def save_result(model: ViTSimpleForImageClassification, weights: dict, folder: P
     unfinished = folder / ".result"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished, state_dict=dict(weights))
+        # transformers 4 would split weights of more than 5 GB into shards, transformers 5 of more than 50 GB.
+        model.save_pretrained(unfinished, state_dict=dict(weights), max_shard_size="50GB")
         flush(unfinished)
         for path in sorted(unfinished.iterdir()):
             path.replace(folder / path.name)
