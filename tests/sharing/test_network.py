@@ -1,12 +1,14 @@
 import json
+from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from tests.fake_hub.hub import Fault
 from tests.sharing.conftest import NAME, PROGRAMS, call
 from vit_simple.files import NETWORK_ERRORS
 from vit_simple.sharing import network
+from vit_simple.sharing.repository import remote_card
 
 NEVER = 3600  # seconds until the Hub answers
 
@@ -44,3 +46,17 @@ def test_call_is_not_tried_again_after_the_time_limit(monkeypatch):
     with pytest.raises(NETWORK_ERRORS):
         network.with_retries("reading", call)
     assert len(tries) == 1
+
+
+def test_card_that_cannot_be_read_is_not_a_missing_one(monkeypatch):
+    """Otherwise a push would replace the user's text on the Hub."""
+    tries = []
+
+    def hf_hub_download(*arguments, **options):
+        tries.append(arguments)
+        raise LocalEntryNotFoundError("not in the cache") from NETWORK_ERRORS[0]("disconnected")
+
+    monkeypatch.setattr(network, "WAITS", (0,))
+    with pytest.raises(LocalEntryNotFoundError, match=r"reading its README\.md: the Hub does not answer"):
+        remote_card(SimpleNamespace(hf_hub_download=hf_hub_download), NAME, "main")
+    assert len(tries) == 2
