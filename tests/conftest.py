@@ -63,7 +63,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """Marks as slow the files that start processes, train or compile throughout; other tests are marked one by one."""
     slow = {"data/test_label_kinds", "inference/test_compiling", "model/test_loading", "sharing/test_upload"}
-    slow |= {"training/test_resume", "test_examples", "test_package"}
+    slow |= {"training/test_resume", "training/test_old_run", "test_examples", "test_package"}
     for item in items:
         if item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix() in slow:
             item.add_marker("slow")

@@ -14,7 +14,6 @@ from vit_simple.training.config import parse_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-SLOW = {"docs/speed.md"}  # compiles a model
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -27,14 +26,8 @@ def test_readme_begins_with_two_commands():
     assert tests == 'python -m pip install -e ".[test]" -c constraints.txt && python -m pytest -n 2\n'
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
-        for name, page in zip(NAMES, PAGES)
-        if blocks(page, "python")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, page in zip(NAMES, PAGES) if blocks(page, "python")])
 def test_python_blocks_run_in_order(name, run_folder, tmp_path):
     """In a folder that holds what a fresh clone does after `python train.py`, here of one epoch."""
     setup = f"""

@@ -512,24 +512,24 @@ def test_convert_command_without_network_ends_with_status_1(tmp_path, capsys):
     assert stop.value.code == 1
 
 
-def test_convert_command_refuses_an_unknown_repository_with_status_2(tmp_path):
-    with Hub({}) as hub:
-        command = [sys.executable, "-m", "vit_simple.convert_checkpoint", "no/where", tmp_path / "out"]
-        environment = hub.environment(tmp_path / "home")
-        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert "SOURCE: expected a file, a folder or a Hub repository, got no/where" in result.stderr
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-
-
-def test_hub_repository_is_converted(peer, tmp_path):
+@pytest.mark.slow
+def test_hub_repository_is_converted_and_an_unknown_one_is_refused(peer, tmp_path):
     peer("DINOv2")
     files = {file.name: file.read_bytes() for file in (tmp_path / "peer").iterdir()}
     card = b"---\nlicense: apache-2.0\n---\n"
     with Hub({}) as hub:
         hub.create("models/meta/dinov2", files | {"README.md": card, "other.bin": b"not wanted"})
-        command = [sys.executable, "-m", "vit_simple.convert_checkpoint", "meta/dinov2", tmp_path / "out"]
-        subprocess.run(command, env=hub.environment(tmp_path / "home"), check=True, cwd=tmp_path)
+        code = """
+from vit_simple.convert_checkpoint import main
+main(["meta/dinov2", "out"])
+main(["no/where", "nothing"])
+"""
+        environment = hub.environment(tmp_path / "home")
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert not any("other.bin" in request.path for request in hub.log)
+    assert "SOURCE: expected a file, a folder or a Hub repository, got no/where" in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
     assert_alike(
         outputs(open_folder(tmp_path / "out"), IMAGES[16]), outputs(open_folder(tmp_path / "peer"), IMAGES[16])
     )

@@ -54,6 +54,7 @@ def test_gradient_accumulation_gives_the_loss_and_gradients_of_the_whole_batch(t
         torch.testing.assert_close(accumulated[name], gradient, rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 def test_collator_augments_training_rows_and_evaluates_as_train_py_did(run_folder, tmp_path):
     last_line = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
     processor = AutoImageProcessor.from_pretrained(run_folder)
@@ -65,7 +66,7 @@ def test_collator_augments_training_rows_and_evaluates_as_train_py_did(run_folde
         model,
         arguments(
             tmp_path / "run",
-            num_train_epochs=4,
+            num_train_epochs=2,
             per_device_train_batch_size=32,
             remove_unused_columns=False,
             logging_steps=50,

@@ -52,7 +52,7 @@ def colors(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 # Labels
 
 
-@pytest.mark.parametrize("form, streaming", [("lists", []), ("vectors", []), ("words", STREAM), ("vectors", STREAM)])
+@pytest.mark.parametrize("form, streaming", [("lists", []), ("words", STREAM), ("vectors", STREAM)])
 def test_multi_label_classifier_trains_and_predicts_with_a_sigmoid(tmp_path, capsys, form, streaming):
     images, present = colors()
     names = ["blue", "green", "red"]
@@ -203,7 +203,7 @@ def test_every_kind_of_image_trains_is_evaluated_and_predicted(tmp_path, capsys,
 # Arrays
 
 
-@pytest.mark.parametrize("channels, streaming", [(1, []), (4, []), (6, []), (6, ["--streaming"])])
+@pytest.mark.parametrize("channels, streaming", [(1, []), (4, []), (6, ["--streaming"])])
 def test_arrays_of_any_number_of_channels_train_and_are_predicted(tmp_path, channels, streaming):
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 2, COUNT)

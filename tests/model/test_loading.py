@@ -20,7 +20,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 image, remote = Image.open(sys.argv[1]), {"trust_remote_code": True} if sys.argv[2] == "remote" else {}
-for folder in sys.argv[3:]:
+
+def show(folder):
     config = AutoConfig.from_pretrained(folder, **remote)
     processor = AutoImageProcessor.from_pretrained(folder, **remote)
     backbone = AutoModel.from_pretrained(folder, **remote)
@@ -39,14 +40,15 @@ for folder in sys.argv[3:]:
         "from_backbone": from_backbone[0].tolist(),
         "pipeline": [scores[label] for label in config.id2label.values()],
     }))
+
+for folder in sys.argv[3:]:
+    show(folder)
 """
 
 SAVE_AGAIN = """
-import shutil, sys, torch
-from transformers import AutoModel, AutoModelForImageClassification
+import shutil
 
-remote = {"trust_remote_code": True}
-for number, folder in enumerate(sys.argv[1:]):
+for number, folder in enumerate(sys.argv[3:]):
     model = AutoModelForImageClassification.from_pretrained(folder, **remote)
     model.save_pretrained(f"classifier-{number}")
     shutil.copy(f"{folder}/preprocessor_config.json", f"classifier-{number}")
@@ -63,6 +65,7 @@ for number, folder in enumerate(sys.argv[1:]):
         assert other.head.weight.abs().max() > 0 and other.head.bias.abs().max() == 0
         for name, tensor in model.state_dict().items():
             assert name.startswith("head.") or torch.equal(other.state_dict()[name], tensor), name
+    show(f"classifier-{number}")
 """
 
 
@@ -108,16 +111,14 @@ def pytest_generate_tests(metafunc):
 
 def test_auto_classes_give_the_same_logits_without_the_package(tmp_path, folders, image, version):
     python = environment_without_package(tmp_path / "environment", version)
-    results = check(run_python(python, tmp_path / "open", OPEN, image, "remote", *folders), folders, image)
+    printed = run_python(python, tmp_path / "work", OPEN + SAVE_AGAIN, image, "remote", *folders)
+    saved = [tmp_path / f"work/classifier-{number}" for number in range(len(folders))]
+    results = check(printed, [*folders, *saved], image)
     assert all(result["module"].startswith("transformers_modules.") for result in results)
     assert all(version in (None, result["version"]) for result in results)
-
-    run_python(python, tmp_path / "save", SAVE_AGAIN, *folders)
-    saved = [tmp_path / f"save/classifier-{number}" for number in range(len(folders))]
     for folder, again in zip(folders, saved):
         for name in ("modeling_vit_simple.py", "configuration_vit_simple.py"):
             assert (again / name).read_bytes() == (folder / name).read_bytes()
-    check(run_python(python, tmp_path / "open-again", OPEN, image, "remote", *saved), folders, image)
 
 
 def test_auto_classes_need_no_remote_code_once_the_package_is_imported(tmp_path, folders, image):

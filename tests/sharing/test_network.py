@@ -13,6 +13,7 @@ from vit_simple.sharing.repository import remote_card
 NEVER = 3600  # seconds until the Hub answers
 
 
+@pytest.mark.slow
 def test_calls_of_a_hub_that_never_answers_end_with_an_error_and_say_what_they_wait_for(hub, tmp_path):
     parent = hub.create(f"models/{NAME}").at("main").sha
     hub.faults += [Fault(path, times=99, delay=NEVER) for path in ("/whoami", "/commit/")]

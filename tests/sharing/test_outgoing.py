@@ -7,6 +7,7 @@ import yaml
 
 from tests.sharing.conftest import NAME, TOKEN
 from vit_simple.files import UserError
+from vit_simple.sharing import upload
 from vit_simple.sharing.outgoing import cut_command, cut_paths, refuse_secrets, snapshot
 from vit_simple.sharing.upload import push
 from vit_simple.sharing.verify import shared_names
@@ -159,7 +160,7 @@ def test_command_keeps_its_other_words():
     assert cut_command(command) == "python train.py recipes/cifar10.yaml --dataset_name cats --output_dir=run"
 
 
-def test_pushed_files_have_no_absolute_path_and_the_folder_keeps_its_recipe(folder, capsys):
+def test_pushed_files_have_no_absolute_path_and_the_folder_keeps_its_recipe(folder, monkeypatch, capsys):
     recipe = yaml.safe_load((folder / "train_config.yaml").read_text())
     recipe |= {"dataset_name": "/home/alice/acme/cats", "model_name_or_path": "/home/alice/base"}
     (folder / "train_config.yaml").write_text(yaml.safe_dump(recipe))
@@ -170,6 +171,7 @@ def test_pushed_files_have_no_absolute_path_and_the_folder_keeps_its_recipe(fold
         for file in copy.iterdir():
             assert file.name == "README.md" or b"/home/alice" not in file.read_bytes(), file
         assert yaml.safe_load((copy / "train_config.yaml").read_text())["dataset_name"] == "cats"
+    monkeypatch.setattr(upload, "local_outputs", lambda folder: {})
     push(folder, NAME, dry_run=True)
     printed = capsys.readouterr().out
     assert "--dataset_name cats --output_dir run" in printed and "alice" not in printed and "acme" not in printed

@@ -60,6 +60,7 @@ def test_folder_that_cannot_be_copied_does_not_end_the_training(background_push,
     assert "step 1 cannot be pushed: " in background_push.start(1) and background_push.process is None
 
 
+@pytest.mark.slow
 def test_signal_during_a_push_that_hangs_saves_and_ends_the_run(hub, tmp_path):
     hub.faults.append(Fault("/commit/", times=99, delay=3600))
     options = ["--num_train_epochs", "1000", "--save_steps", "20", "--output_dir", tmp_path / "run"]

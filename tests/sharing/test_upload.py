@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,7 +142,8 @@ except OSError as error:
 # Before a push
 
 
-def test_dry_run_prints_files_and_card_and_changes_nothing(folder, capsys):
+def test_dry_run_prints_files_and_card_and_changes_nothing(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sharing_upload, "local_outputs", lambda folder: {})
     (folder / ".env").write_text("SECRET=1")
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "optimizer.bin").write_text("state")
@@ -348,16 +350,25 @@ def test_tag_that_fails_leaves_a_verified_commit_and_says_so():
 # The user's text on the Hub
 
 
-@pytest.mark.parametrize("local, message", [("", "keeps the text"), ("Mine.", "replaces another text on the Hub")])
-def test_push_keeps_the_text_on_the_hub_unless_the_folder_has_its_own(hub, folder, tmp_path, local, message):
+def test_push_keeps_the_text_on_the_hub_unless_the_folder_has_its_own(hub, folder, tmp_path):
     card = (folder / "README.md").read_text()
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    hub.create(f"models/{NAME}", {**files, "README.md": card.replace(BEGIN, f"Theirs.\n\n{BEGIN}").encode()})
-    (folder / "README.md").write_text(f"{card}\n{local}\n")
-    result = push_command(hub, tmp_path, folder, NAME)
-    assert result.returncode == 0 and f"README.md {message}" in result.stdout, result.stderr
-    pushed = ModelCard(head(hub).files["README.md"].decode()).text.strip()
-    assert pushed.endswith("Mine.") if local else pushed.startswith("Theirs.")
+    theirs = {**files, "README.md": card.replace(BEGIN, f"Theirs.\n\n{BEGIN}").encode()}
+    for name, text in (("kept", ""), ("replaced", "Mine.")):
+        hub.create(f"models/user/{name}", theirs)
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "README.md").write_text(f"{card}\n{text}\n")
+    code = """
+from vit_simple.sharing.upload import push
+for name in ("kept", "replaced"):
+    push(name, f"user/{name}", verify=False)
+"""
+    result = call(hub, tmp_path, "-c", code)
+    assert "README.md keeps the text that was written on the Hub\n" in result.stdout, result.stderr
+    assert "README.md replaces another text on the Hub" in result.stdout
+    kept, replaced = (hub.repos[f"models/user/{name}"].at("main").files for name in ("kept", "replaced"))
+    assert ModelCard(kept["README.md"].decode()).text.strip().startswith("Theirs.")
+    assert ModelCard(replaced["README.md"].decode()).text.strip().endswith("Mine.")
 
 
 # Pushes of Trainer, and datasets of the Hub

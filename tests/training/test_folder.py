@@ -228,6 +228,7 @@ def test_checkpoints_may_be_a_link_to_another_disk(run, tmp_path):
     main([*OPTIONS, "--output_dir", str(run), "--resume_from_checkpoint", str(tmp_path / "disk/step_000006")])
 
 
+@pytest.mark.slow
 def test_folder_has_one_owner_until_its_process_ends(run):
     code = "import sys; from pathlib import Path; from vit_simple.training.lock import lock; lock(Path(sys.argv[1]))"
     code += "\nprint('locked', flush=True); sys.stdin.read()"
@@ -242,33 +243,31 @@ def test_folder_has_one_owner_until_its_process_ends(run):
     main([*OPTIONS, "--output_dir", str(run), "--resume_from_checkpoint", "latest"])
 
 
+@pytest.mark.slow
 def test_new_runs_at_once_never_share_a_folder(tmp_path):
     code = """
 import sys, time
 from vit_simple.files import UserError
 from vit_simple.training.config import TrainConfig
 from vit_simple.training.folder import open_folder
-config = TrainConfig(dataset_name="digits", output_dir=sys.argv[1] if sys.argv[1:] else None)
 sys.stdin.readline()
-for number in range(1 if config.output_dir is None else 20):
+for given in [None, *(f"run{number}" for number in range(20))]:
     try:
-        given = config.output_dir and config.output_dir + str(number)
         print(open_folder(TrainConfig(dataset_name="digits", output_dir=given), 1, {})[0], flush=True)
     except UserError:
         pass
 print("end", flush=True)
 sys.stdin.readline()
 """
-    for options in ([], ["run"]):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
-        processes = [subprocess.Popen([sys.executable, "-c", code, *options], **pipes) for _ in range(2)]
-        for process in processes:
-            process.stdin.write("\n")
-            process.stdin.flush()
-        folders = [folder for process in processes for folder in iter(process.stdout.readline, "end\n")]
-        for process in processes:
-            process.communicate("\n")
-        assert len(folders) == len(set(folders)) == (20 if options else 2)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    processes = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    folders = [folder for process in processes for folder in iter(process.stdout.readline, "end\n")]
+    for process in processes:
+        process.communicate("\n")
+    assert len(folders) == len(set(folders)) == 2 + 20  # one without a name for each, and 20 with a name
 
 
 def test_output_folder_inside_the_dataset_is_refused(tmp_path):

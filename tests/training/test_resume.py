@@ -22,7 +22,7 @@ from vit_simple.training.integrity import write_sums
 
 # Every random choice that there is, checkpoints that fall between log lines and evaluations, and an average.
 RUN = [
-    *("--max_steps", "90", "--logging_steps", "7", "--eval_steps", "25"),
+    *("--max_steps", "60", "--logging_steps", "7", "--eval_steps", "25"),
     *("--save_steps", "10", "--save_total_limit", "2"),
     *("--ema_decay", "0.95", "--drop_path_rate", "0.2", "--crop_padding", "1", "--horizontal_flip", "0.5"),
     *("--randaugment_num_ops", "1", "--random_erasing", "0.3", "--mixup_alpha", "0.5", "--cutmix_alpha", "1"),
@@ -173,9 +173,9 @@ def test_signal_saves_a_checkpoint_and_says_how_to_resume(uninterrupted, tmp_pat
 def test_named_checkpoint_resumes_the_run(uninterrupted):
     """Later checkpoints and metrics stay until the first one of the resumed run is saved."""
     expected, _, folder = uninterrupted["cached"]
-    process = start(folder, *CACHED, "--resume_from_checkpoint", folder / "checkpoints/step_000070")
+    process = start(folder, *CACHED, "--resume_from_checkpoint", folder / "checkpoints/step_000040")
     assert wait_for(lambda: not (folder / "finished.json").exists(), process)
-    assert wait_for(lambda: (folder / "checkpoints/step_000080").exists(), process)
+    assert wait_for(lambda: (folder / "checkpoints/step_000050").exists(), process)
     process.kill()
     process.wait()
     finish(folder, *CACHED, "--resume_from_checkpoint", "latest")

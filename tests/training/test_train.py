@@ -65,6 +65,7 @@ def test_pipeline_accuracy_equals_test_metrics(run_folder):
     assert said["top1"] == right / 360 and said["top1"] <= said["top5"] <= 1
 
 
+@pytest.mark.slow
 def test_train_config_repeats_run_bit_for_bit(run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main([str(run_folder / "train_config.yaml")])
@@ -139,22 +140,18 @@ def losses_of(folder, *options) -> list[float]:
 UNCHANGED = [f"--affine_{name}=0" for name in ("degrees", "translate", "scale", "shear")] + ["--optim", "adamw"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "16"],
-        ["--gradient_checkpointing"],
-        ["--torch_compile"],
-        ["--cache_images", "off"],
-        ["--cache_images", "off", "--dataloader_num_workers", "2"],
-    ],
-    ids=lambda options: options[0],
-)
-def test_losses_do_not_depend_on_how_a_step_is_computed(tmp_path, options):
+@pytest.mark.slow
+def test_losses_do_not_depend_on_how_a_step_is_computed(tmp_path):
     model = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
     common = [*UNCHANGED, "--model", model, "--max_eval_samples", "50"]
     expected = losses_of(tmp_path / "expected", *common)
-    assert losses_of(tmp_path / "other", *common, *options) == pytest.approx(expected, abs=1e-5)
+    for options in (
+        ["--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "16"],
+        ["--gradient_checkpointing"],
+        ["--torch_compile"],
+        ["--cache_images", "off", "--dataloader_num_workers", "2"],
+    ):
+        assert losses_of(tmp_path / options[0], *common, *options) == pytest.approx(expected, abs=1e-5), options
 
 
 def launch(launcher: list[str], *options) -> subprocess.Popen:
@@ -178,6 +175,7 @@ def hosts(count: int, *options) -> list[subprocess.Popen]:
     return [launch([*common, "--machine_rank", rank], *options) for rank in range(count)]
 
 
+@pytest.mark.slow
 def test_two_hosts_train_like_one_process_with_the_same_batch(tmp_path):
     options = [*UNCHANGED, "--num_train_epochs", "1", "--logging_steps", "1", "--ema_decay", "0.9"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -195,6 +193,7 @@ def test_two_hosts_train_like_one_process_with_the_same_batch(tmp_path):
     assert [row["loss"] for row in rest[1]] == pytest.approx([row["loss"] for row in rest[0]], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_stream_of_two_processes_stops_and_resumes_exactly(tmp_path):
     options = ["--max_steps", "60", "--logging_steps", "5", "--ema_decay", "0.9", "--save_steps", "25"]
     options += ["--streaming", "--dataloader_num_workers", "1"]  # each reads half of the rows, 40 steps per epoch
@@ -215,6 +214,7 @@ def test_stream_of_two_processes_stops_and_resumes_exactly(tmp_path):
     assert read_metrics(folder)[-1]["count"] == 360
 
 
+@pytest.mark.slow
 def test_dead_process_ends_the_others(tmp_path):
     process = torchrun(2, "--num_train_epochs", "500", "--output_dir", tmp_path / "run")
     while not (tmp_path / "run/metrics.jsonl").exists() and process.poll() is None:
@@ -224,6 +224,7 @@ def test_dead_process_ends_the_others(tmp_path):
     assert process.returncode != 0
 
 
+@pytest.mark.slow
 def test_dead_worker_ends_the_run(tmp_path):
     options = ["--num_train_epochs", "500", "--cache_images", "off", "--dataloader_num_workers", "2"]
     command = [sys.executable, ROOT / "train.py", *options, "--output_dir", tmp_path / "run"]
@@ -271,14 +272,15 @@ def test_eval_only_repeats_metrics_and_writes_nothing(run_folder, tmp_path, monk
     assert files(tmp_path) == set()
 
 
-@pytest.mark.parametrize("launched", [False, True])
-def test_bfloat16_training_is_evaluated_in_float32(tmp_path, monkeypatch, capsys, launched):
+@pytest.mark.slow
+def test_bfloat16_training_is_evaluated_in_float32(tmp_path, monkeypatch, capsys):
     """Otherwise the pipeline would not reproduce the accuracy of the run."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if launched else "no")
-    losses = losses_of(tmp_path / "run", *UNCHANGED, *([] if launched else ["--mixed_precision", "bf16"]))
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     exact = losses_of(tmp_path / "float32", *UNCHANGED)
+    losses = losses_of(tmp_path / "run", *UNCHANGED, "--mixed_precision", "bf16")
     assert losses == pytest.approx(exact, abs=0.05) and losses != exact
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` sets it
+    assert losses_of(tmp_path / "launched", *UNCHANGED) == losses
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     capsys.readouterr()
     main(["--eval_only", "--model_name_or_path", str(tmp_path / "run")])
     printed = capsys.readouterr().out
@@ -386,6 +388,7 @@ def test_refused_run_leaves_nothing_behind(tmp_path, monkeypatch, arguments, mes
     assert files(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_user_error_is_one_line_with_exit_status_2(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--sed", "1"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -463,6 +466,7 @@ def test_option_errors_are_one_line(arguments, message):
     assert stop.value.code == 2 and "\n" not in str(stop.value)
 
 
+@pytest.mark.slow
 def test_bug_keeps_its_traceback_with_exit_status_1(tmp_path):
     code = """
 import sys
@@ -479,6 +483,7 @@ train.main(["--output_dir", sys.argv[1]])
     assert result.stderr.endswith("\ntrain.py: error: a bug\n")
 
 
+@pytest.mark.slow
 def test_bug_in_training_says_how_to_resume_after_its_traceback(tmp_path):
     code = """
 import sys
@@ -499,6 +504,7 @@ train.main(sys.argv[1:])
     )
 
 
+@pytest.mark.slow
 def test_failure_of_the_machine_is_one_line_with_exit_status_1(tmp_path):
     code = """
 import sys, torch
