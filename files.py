@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 import types
@@ -46,8 +48,8 @@ def command_errors(program: str, advice: Callable[[], str] | None = None):
     """Ends a command with a message and an exit status if an exception leaves this context.
 
     A mistake of the user (UserError) prints one line, with exit status 2. A failure of the machine (RunError, OSError,
-    out of memory, the network) prints one line, with exit status 1. Anything else is a bug: its traceback comes before
-    the line, with exit status 1.
+    out of memory, the network) prints one line, with exit status 1. SIGTERM and Ctrl-C print one line, with exit status
+    143 and 130. Anything else is a bug: its traceback comes before the line, with exit status 1.
 
     Args:
         program: the command's name, with which the line begins.
@@ -57,21 +59,47 @@ def command_errors(program: str, advice: Callable[[], str] | None = None):
         SystemExit: with the line as its text.
     """
     try:
-        yield
+        with sigterm_as_ctrl_c():
+            yield
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        raise command_end(f"{program}: stopped by {signal.Signals(number).name}", advice, 128 + number) from error
     except Exception as error:
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)  # if the main process fails, too, torchrun ends this one: a common mistake is printed once
         is_mistake = isinstance(error, UserError)
         if not is_mistake and not is_machine_failure(error):
             traceback.print_exception(error)
-        line = f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}"
-        if advice is not None:
-            line += f"; {advice()}"
-        line = terminal_text(line)
-        print(line, file=sys.stderr)
-        stop = SystemExit(line)
-        stop.code = 2 if is_mistake else 1
-        raise stop from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise command_end(f"{program}: error: {reason}", advice, 2 if is_mistake else 1) from error
+
+
+def command_end(line: str, advice: Callable[[], str] | None, status: int) -> SystemExit:
+    """Prints the last line of a command; returns what to raise."""
+    line = terminal_text(line if advice is None else f"{line}; {advice()}")
+    print(line, file=sys.stderr)
+    end = SystemExit(line)
+    end.code = status
+    return end
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c():
+    """Lets SIGTERM end the block by KeyboardInterrupt, so that nothing temporary and no other process is left."""
+
+    def interrupt(number: int, frame):
+        signal.signal(number, signal.SIG_IGN)  # the end is not interrupted again
+        raise KeyboardInterrupt(number)
+
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_machine_failure(error: Exception) -> bool:

@@ -267,10 +267,10 @@ def main(arguments: list[str] | None = None):
     print_bad_images(accelerator, splits)
     print_saved(accelerator, folder)
     if config.push_to_hub and is_main:
-        if message := background_push.wait():
-            accelerator.print(terminal_text(message))
         command = f"python push_to_hub.py {folder} {config.hub_model_id}"
         with command_errors("train.py", lambda: f"the folder is complete; push it with {command}"):
+            if message := background_push.wait():
+                accelerator.print(terminal_text(message))
             share(config, folder, "end")
     accelerator.wait_for_everyone()  # otherwise gloo can deadlock at exit during the cleanup of a gather
     accelerator.end_training()

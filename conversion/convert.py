@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair, refuse_kernels
-from ..files import CODE, PREPROCESSOR, ROOT, SAFETENSORS, RunError, UserError, inherited, read_json
+from ..files import CODE, PREPROCESSOR, ROOT, SAFETENSORS, RunError, UserError, check_types, inherited, read_json
 from .processors import (
     FAMILIES,
     FAMILY_OF_TYPE,
@@ -26,7 +26,7 @@ from .processors import (
     processor_to_timm,
 )
 from .state_dict import Tensors, import_state_dict, join_names, load_tensors
-from .timm import from_timm, to_timm
+from .timm import CONFIG_FIELDS, from_timm, to_timm
 from .transformers import check_type, from_transformers, to_transformers
 
 DESCRIPTION = ("config.json", PREPROCESSOR, "processor_config.json", "README.md")
@@ -105,7 +105,11 @@ def open_checkpoint(
     tensors, report = load_tensors(files), []
     content = read_config(folder) if folder else {}
     metadata = inherited(folder) if folder else {}
-    model_type, pretrained = content.get("model_type"), content.get("pretrained_cfg") or {}
+    model_type = content.get("model_type")
+    if content:
+        fields = CONFIG_FIELDS if model_type is None else {"model_type": str}
+        check_types(content, fields, str(folder / "config.json"))
+    pretrained = content.get("pretrained_cfg") or {}
     if model_type is not None and (num_attention_heads or hidden_act):
         raise UserError("--num_attention_heads and --hidden_act cannot be combined with a config.json that states both")
     if model_type is None:

@@ -37,6 +37,27 @@ img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads m
 class_token no_embed_class reg_tokens pre_norm fc_norm act_layer dynamic_img_size dynamic_img_pad strict_img_size
 weight_init fix_init drop_rate pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate
 """
+CONFIG_FIELDS = {  # the types of the fields of timm's config.json that are read
+    "architecture": str | None,
+    "num_classes": int | None,
+    "global_pool": str | None,
+    "label_names": list[str] | None,
+    "model_args": {
+        "img_size": int | list[int] | None,
+        "num_heads": int | None,
+        "act_layer": str | None,
+        "global_pool": str | None,
+    },
+    "pretrained_cfg": {
+        "input_size": list[int] | None,
+        "crop_pct": float | None,
+        "crop_mode": str | None,
+        "interpolation": str | None,
+        "mean": list[float] | None,
+        "std": list[float] | None,
+        "license": str | None,
+    },
+}
 
 
 # From timm
@@ -156,6 +177,8 @@ def fields_from_positions(content: dict, tensors: Tensors, fields: dict) -> dict
     args, pretrained = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
     size = args.get("img_size") or pretrained.get("input_size", ())[1:]
     if size:
+        if len(pair(size)) != 2:
+            raise UserError(f"img_size or input_size: expected a height and a width, got {size}")
         grid_h, grid_w = (side // patch for side, patch in zip(pair(size), patch_size))
         return {"image_size": one_or_pair(pair(size)), "no_embed_class": bool(prefix) and positions == grid_h * grid_w}
     # Without a config, the patches are assumed to form a square, with or without positions for the prefix tokens.

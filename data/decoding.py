@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers import BaseImageProcessor
 
 from .processors import process
-from .reading import BadImage, read_bytes, with_retries
+from .reading import BadImage, read_bytes, retry_machine_errors
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
 MAX_ASPECT_RATIO = 50  # a longer image is cut to about this many times its short side, if its center is cropped anyway
@@ -186,7 +186,7 @@ class Decoder:
         if isinstance(value, np.ndarray):
             return self.decode(value.reshape(-1, *value.shape[-2:]), epoch, row)  # (H, W) -> (1, H, W)
         data = read_bytes(value, self.sources)
-        return with_retries(lambda: self.decode(data, epoch, row))
+        return retry_machine_errors(lambda: self.decode(data, epoch, row))
 
     def decode(self, source: bytes | np.ndarray, epoch: int, row: int | tuple) -> PIL.Image.Image | torch.Tensor:
         if self.crop_min_area:
@@ -234,7 +234,7 @@ class PixelBatch:
             self.resize()
 
     def resize(self):
-        self.parts.append(with_retries(lambda: self.decode.stack(self.images)))
+        self.parts.append(retry_machine_errors(lambda: self.decode.stack(self.images)))
         self.images, self.full_bytes = [], 0
 
     def pixels(self) -> torch.Tensor:

@@ -64,7 +64,7 @@ def read_bytes(value: dict | None, sources: tuple[str, ...]) -> bytes:
     if data is None and value["path"]:
         url, file, folder = locate(value["path"], sources)
         try:
-            data = with_retries(lambda: read_file(url, file))
+            data = retry_machine_errors(lambda: read_file(url, file))
         except MISSING as error:
             if folder and not has_entries(folder):
                 raise OSError(f"the dataset's folder {folder} is gone") from error
@@ -127,7 +127,7 @@ def has_entries(folder: str) -> bool:
         return False
 
 
-def with_retries(function: Callable[[], Result]) -> Result:
+def retry_machine_errors(function: Callable[[], Result]) -> Result:
     """The result of a function, which is called again after an error of the machine.
 
     Raises:

@@ -6,14 +6,14 @@ import re
 MARKER = "<!-- vit_simple:"  # how the marks of the generated text begin
 
 
-def printable(line: str) -> str:
+def without_control_characters(line: str) -> str:
     """A line without control characters; the joiners of some scripts stay."""
     return "".join(char if char.isprintable() or char in "\u200c\u200d" else " " for char in line)
 
 
 def markdown(text: str) -> str:
     """Text to show as it is, within a line: nothing in it is markup, and other scripts stay readable."""
-    text = html.escape(printable(" ".join(str(text).split())), quote=False)
+    text = html.escape(without_control_characters(" ".join(str(text).split())), quote=False)
     text = re.sub(r"([\\`*\[\]#|~$]|\b_\b|(?<!\w)_|_(?!\w))", r"\\\1", text).replace(
         "://", "\\://"
     )  # else some addresses become links
@@ -22,6 +22,6 @@ def markdown(text: str) -> str:
 
 def fenced(text: str, language: str) -> str:
     """A block of code, in a fence longer than any in the text."""
-    text = "\n".join(map(printable, text.split("\n"))).replace(MARKER, MARKER.replace("<!--", "<! --"))
+    text = "\n".join(map(without_control_characters, text.split("\n"))).replace(MARKER, MARKER.replace("<!--", "<! --"))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"

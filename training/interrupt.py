@@ -16,7 +16,7 @@ def catch_signals():
     caught = []
 
     def catch(number: int, frame):
-        if caught and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if signal.SIGINT in caught and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise KeyboardInterrupt
         caught.append(number)
 

@@ -157,7 +157,9 @@ def load_model(config: TrainConfig) -> ViTSimpleForImageClassification:
         model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
         if model_type != ViTSimpleConfig.model_type:
             raise UserError(f"expected the model type vit_simple, got {model_type}")
-        model = ViTSimpleForImageClassification.from_pretrained(path, dtype=torch.float32, **fields)
+        model = ViTSimpleForImageClassification.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, **fields
+        )
         folder = Path(cached_file(path, "config.json")).parent
         for file in (file for pattern in SAFETENSORS for file in folder.glob(pattern)):
             check_weights(file)

@@ -126,6 +126,44 @@ def test_config_of_an_impossible_size_is_refused_at_once(checkpoint, fields, rea
         check(file.parent)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("model_type", value) for value in (5, [], {})),
+        *(("architecture", value) for value in (5, ["vit_base_patch16_224"])),
+        *(("num_classes", value) for value in ("5", 5.5, [])),
+        *(("label_names", value) for value in ("a", [1, 2, 3, 4, 5], {"a": 1})),
+        *(("model_args", value) for value in ([], "embed_dim", 1)),
+        *(("pretrained_cfg", value) for value in ([], "cfg")),
+        *(("model_args.num_heads", value) for value in ("4", [4])),
+        *(("model_args.img_size", value) for value in ("16", [16, "16"], 16.5)),
+        *(("model_args.act_layer", value) for value in (1, {})),
+        *(("pretrained_cfg.input_size", value) for value in ("3,16,16", 16, [3, None, 16])),
+        *(("pretrained_cfg.crop_pct", value) for value in ("0.9", [])),
+        *(("pretrained_cfg.mean", value) for value in (0.5, ["a"])),
+        *(("pretrained_cfg.interpolation", value) for value in (3, [])),
+        *(("pretrained_cfg.license", value) for value in (3, {})),
+    ],
+)
+def test_timm_config_with_a_wrong_type_names_file_and_field(tmp_path, field, value):
+    save_file(weights(), tmp_path / "model.safetensors")
+    content = {"architecture": "vit_tiny_patch4", "model_args": {"num_heads": 4, "img_size": 16}, "pretrained_cfg": {}}
+    outer, _, inner = field.partition(".")
+    content[outer] = {**content[outer], inner: value} if inner else value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    options = {"num_attention_heads": None, "family": None}
+    assert f"{tmp_path}/config.json: expected {field}" in refusal(tmp_path, tmp_path, **options)
+
+
+@pytest.mark.parametrize("size", [[16], [16, 16, 16]])
+def test_timm_config_with_an_impossible_image_size_names_the_field(tmp_path, size):
+    save_file(weights(), tmp_path / "model.safetensors")
+    content = {"architecture": "vit_tiny_patch4", "model_args": {"num_heads": 4, "img_size": size}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    said = refusal(tmp_path, tmp_path, num_attention_heads=None)
+    assert f"img_size or input_size: expected a height and a width, got {size}" in said
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (0, 0), (0, 0, 0), (2, 2)])
 def test_tensor_of_another_shape_is_refused_by_name(tmp_path, shape):
     whole = tiny(num_hidden_layers=1, num_register_tokens=2).state_dict()

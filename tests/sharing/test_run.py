@@ -1,3 +1,4 @@
+import itertools
 import os
 import signal
 import subprocess
@@ -79,3 +80,30 @@ def test_signal_during_a_push_that_hangs_saves_and_ends_the_run(hub, tmp_path):
         output += train.stdout
     assert train.returncode == 128 + signal.SIGTERM, "".join(output)
     assert "stopped by a signal: the last good checkpoint is" in "".join(output)
+
+
+def test_signal_while_the_end_waits_for_a_push_ends_the_push_too(hub, tmp_path):
+    code = """
+import sys
+from vit_simple import train
+from vit_simple.sharing import run
+run.BackgroundPush.CODE = "import os, time; print(os.getpid(), file=open('pid', 'w'), flush=True); time.sleep(3600)"
+train.main(sys.argv[1:])
+"""
+    options = ["--max_steps", "4", "--save_steps", "2", "--max_train_samples", "64", "--output_dir", tmp_path / "run"]
+    options += ["--push_to_hub", "--hub_model_id", NAME, "--hub_strategy", "every_save", "--license", "mit"]
+    command = [sys.executable, "-u", "-c", code, *options]
+    variables = {**hub.environment(tmp_path / "home", TOKEN), "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=variables, cwd=tmp_path, **pipes) as train:
+        output = [*itertools.takewhile(lambda line: "waiting for the push of step 2" not in line, train.stdout)]
+        push = int((tmp_path / "pid").read_text())
+        train.send_signal(signal.SIGTERM)
+        output += train.stdout
+    assert train.returncode == 128 + signal.SIGTERM, "".join(output)
+    assert output[-1] == (
+        "train.py: stopped by SIGTERM; the folder is complete; "
+        f"push it with python push_to_hub.py {tmp_path / 'run'} {NAME}\n"
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(push, 0)

@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Image
 
 from tests.conftest import DIGITS
 from vit_simple import train
@@ -89,7 +92,72 @@ def test_damaged_older_checkpoint_leaves_the_newer_ones(run):
     assert content(run) == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "function, limit, reason",
+    [
+        ("log_metrics", 0, "/metrics.jsonl"),
+        ("export", 1_000, "the weights cannot be saved in"),
+        ("export", 14_000, "the weights cannot be saved in"),
+        ("write_card", 1_000, "/README.md"),
+    ],
+)
+def test_full_disk_is_one_line_and_the_run_resumes(finished, tmp_path, function, limit, reason):
+    """The limit on the size of a file stands in for the full disk, from the end of the training on."""
+    code = """
+import resource, sys
+from vit_simple import train
+name, limit = sys.argv[1], int(sys.argv[2])
+schedule, function, done = train.schedule, getattr(train, name), []
+def step(*given):
+    done.append(1)
+    return schedule(*given)
+def full(*given, **options):
+    if len(done) == 7:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return function(*given, **options)
+train.schedule = step
+setattr(train, name, full)
+train.main(sys.argv[3:])
+"""
+    run, environment = tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, function, str(limit), *OPTIONS, "--output_dir", str(run)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("train.py: error: ") and reason in last
+    assert f"; the last good checkpoint is {run}/checkpoints/step_000006; to continue, repeat" in last
+    assert not (run / "finished.json").exists() and not (run / ".result").exists()
+    assert function == "write_card" or not (run / "model.safetensors").exists()
+    main([*OPTIONS, "--output_dir", str(run), "--resume_from_checkpoint", "latest"])
+    assert (run / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    keys = [(row["step"], row["split"], row.get("weights")) for row in read_metrics(run)]
+    assert keys == [(row["step"], row["split"], row.get("weights")) for row in read_metrics(finished)]
+
+
 # Content
+
+
+def write_images(folder: Path, names: list[str]):
+    """32 images of two classes with these names, in a parquet file."""
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(0)
+    images = list(generator.integers(256, size=(32, 8, 8, 3), dtype=np.uint8))
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    Dataset.from_dict({"image": images, "label": [0, 1] * 16}, features).to_parquet(folder / "train.parquet")
+
+
+def test_run_is_not_resumed_on_a_dataset_with_exchanged_class_names(tmp_path):
+    images, run = tmp_path / "images", tmp_path / "run"
+    options = ["--dataset_name", str(images), "--max_steps", "3", "--per_device_train_batch_size", "8"]
+    write_images(images, ["cat", "dog"])
+    main([*OPTIONS, *options, "--output_dir", str(run)])
+    (run / "finished.json").unlink()
+    write_images(images, ["dog", "cat"])
+    before = content(run)
+    said = message(*options, "--output_dir", run, "--resume_from_checkpoint", "latest")
+    assert f"cannot resume {run} with another dataset: label names have changed" in said
+    assert content(run) == before
 
 
 @pytest.mark.parametrize(
@@ -219,6 +287,20 @@ def test_names_that_are_no_checkpoints_are_left_alone(run):
     (run / "finished.json").unlink()
     main([*OPTIONS, "--output_dir", str(run), "--resume_from_checkpoint", "latest", "--save_total_limit", "1"])
     assert strange <= set(folder.iterdir())
+
+
+def test_copies_that_are_made_during_a_run_are_left_alone(tmp_path, monkeypatch):
+    run, names, schedule = tmp_path / "run", ("step_000010.bak", "step_best_so_far", ".step_000002.old"), train.schedule
+
+    def copy(step, *given):
+        if step == 3:
+            for name in names:
+                shutil.copytree(run / "checkpoints/step_000002", run / "checkpoints" / name)
+        return schedule(step, *given)
+
+    monkeypatch.setattr(train, "schedule", copy)
+    main([*OPTIONS, "--output_dir", str(run), "--save_total_limit", "1"])
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {*names, "step_000006"}
 
 
 def test_checkpoints_may_be_a_link_to_another_disk(run, tmp_path):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -42,6 +44,14 @@ def test_checkpoint_of_the_same_classes_keeps_its_head(checkpoint):
     for (name, parameter), loaded in zip(model.named_parameters(), fine_tuned.parameters()):
         assert torch.equal(parameter, loaded), name
     assert fine_tuned.config.drop_path_rate == 0.2 and fine_tuned.dtype == torch.float32
+
+
+def test_checkpoint_with_weights_in_a_pickle_only_is_refused(checkpoint):
+    model, path = checkpoint
+    torch.save(model.state_dict(), Path(path) / "pytorch_model.bin")
+    (Path(path) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"--model_name_or_path: .* cannot be read: .*no file named model\.safetensors"):
+        build_model(TrainConfig(model_name_or_path=path), classes(*NAMES))
 
 
 @pytest.mark.parametrize("names", [["x", "y", "z"], ["a", "b"]])

@@ -13,6 +13,7 @@ from datasets import load_dataset
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
+from vit_simple import train
 from vit_simple.data.dataloader import MapStyleSplit
 from vit_simple.files import ROOT, read_metrics
 from vit_simple.train import main
@@ -464,6 +465,24 @@ def test_option_errors_are_one_line(arguments, message):
         main(arguments)
     assert str(stop.value).startswith("train.py: error: ") and message in str(stop.value)
     assert stop.value.code == 2 and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_outside_the_training_loop_is_one_line(monkeypatch, capsys, number):
+    def stop(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        monkeypatch.setattr(train, "load_data", stop)
+        with pytest.raises(SystemExit) as end:
+            main([])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 128 + number
+    assert capsys.readouterr().err == f"train.py: stopped by {number.name}\n"
 
 
 @pytest.mark.slow
