@@ -41,7 +41,11 @@ OTHER_NAMES = {
     "global_pool": "pooling",
     "reg_tokens": "num_register_tokens",
     "init_values": "layerscale_value",
+    "antialias": "interpolate_antialias",
+    "pretrain_img_size": "pretrain_image_size",
 }
+
+LABEL_FIELDS = ("num_labels", "id2label", "label2id")
 
 # The names under which a config.json can choose how attention is computed.
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -76,6 +80,12 @@ class ViTSimpleConfig(PretrainedConfig):
         mlp: `"mlp"`, or `"swiglu"`, whose `intermediate_size` is the width after the gate (DINOv2 giant).
         layerscale_value: initial LayerScale of both branches (arXiv:2103.17239, section 2; DeiT-III, DINOv2) or None.
         head_init_std: standard deviation of the head's weights; None means `initializer_range`, 0 starts at zero.
+        interpolate_antialias: whether learned positions are antialiased when they are resampled for other image sizes
+            (timm, DINOv2 with registers), or not (DINO, DINOv2, most classes of transformers).
+        interpolate_offset: what is added to the new number of rows and columns to get the scale of that resampling, in
+            [0, 1): 0.1 in the repositories of DINO and DINOv2.
+        pretrain_image_size: size of the images for which the learned positions are stored, if it is not `image_size`;
+            they are resampled at every step, so that any other size is as exact. An int, a pair or None.
         kwargs: fields of every transformers config, such as `num_labels`, `id2label` (sets `label2id`, too) and
             `problem_type`.
 
@@ -111,20 +121,16 @@ class ViTSimpleConfig(PretrainedConfig):
         mlp="mlp",
         layerscale_value=None,
         head_init_std=None,
+        interpolate_antialias=True,
+        interpolate_offset=0.0,
+        pretrain_image_size=None,
         **kwargs,
     ):
         arguments = locals()
         for name in OWN_FIELDS:
             setattr(self, name, arguments[name])
         refuse_near_misses(kwargs)
-        if not is_integer(kwargs.get("num_labels", 1)):
-            raise ValueError(f"ViTSimpleConfig.num_labels: expected a positive integer, got {kwargs['num_labels']!r}")
-        id2label, label2id = kwargs.get("id2label"), kwargs.get("label2id")
-        if label2id and not id2label:
-            id2label = {index: name for name, index in label2id.items()}
-        if id2label:  # keys are strings in JSON; sorted, so that the names are in the order of the logits
-            kwargs["id2label"] = {int(index): id2label[index] for index in sorted(id2label, key=int)}
-            kwargs["label2id"] = label2id or {name: index for index, name in kwargs["id2label"].items()}
+        kwargs |= complete_labels(*(kwargs.pop(name, None) for name in LABEL_FIELDS))
         # Names all classes in this folder, whichever class is saved and wherever the config comes from.
         kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
         super().__init__(**kwargs)
@@ -133,14 +139,18 @@ class ViTSimpleConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in transformers: `kwargs` override fields. Here, a misspelled field is an error, and labels replace the
-        stored ones together, unless only their number is given and stays the same.
+        stored ones together, unless only their number is given and stays the same. Given another image or patch size,
+        the learned positions are those of that size.
         """
         refuse_near_misses(kwargs)
         refuse_kernels(config_dict)  # of the file; `kwargs` are the caller's
-        names = ("num_labels", "id2label", "label2id")
-        labels = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
+        if config_dict.get("id2label"):  # whoever edits the file may forget the other map
+            config_dict = {key: value for key, value in config_dict.items() if key != "label2id"}
+        labels = {name: value for name in LABEL_FIELDS if (value := kwargs.pop(name, None)) is not None}
         if labels and labels != {"num_labels": len(config_dict.get("id2label") or ())}:
-            config_dict = {key: value for key, value in config_dict.items() if key not in names} | labels
+            config_dict = {key: value for key, value in config_dict.items() if key not in LABEL_FIELDS} | labels
+        if {"image_size", "patch_size"} & kwargs.keys():
+            config_dict = {key: value for key, value in config_dict.items() if key != "pretrain_image_size"}
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
@@ -163,8 +173,12 @@ class ViTSimpleConfig(PretrainedConfig):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of the patch grid, (H/P, W/P)."""
-        (height, width), (patch_height, patch_width) = pair(self.image_size), pair(self.patch_size)
-        return height // patch_height, width // patch_width
+        return patch_grid(self.image_size, self.patch_size)
+
+    @property
+    def position_grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the learned positions, which are resampled if `grid_size` differs."""
+        return patch_grid(self.pretrain_image_size or self.image_size, self.patch_size)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -194,11 +208,14 @@ class ViTSimpleConfig(PretrainedConfig):
             expect(is_integer(getattr(self, field)), field, "a positive integer")
         expect(is_integer(self.num_register_tokens, minimum=0), "num_register_tokens", "0 or a positive integer")
         expect(is_integer(self.num_labels), "num_labels", "a positive integer")
-        for field in ("image_size", "patch_size"):
+        complete_labels(None, self.id2label, self.label2id)
+        expect(set(self.id2label) == set(range(self.num_labels)), "id2label", "integers as keys")
+        for field in ("image_size", "patch_size", "pretrain_image_size"):
             value = getattr(self, field)
             is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_integer, value))
-            expect(is_integer(value) or is_pair, field, "a positive integer or a (height, width) pair of them")
-        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            valid = is_integer(value) or is_pair or (value is None and field == "pretrain_image_size")
+            expect(valid, field, "a positive integer or a (height, width) pair of them")
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "interpolate_offset"):
             value = getattr(self, field)
             expect(is_number(value) and 0 <= value < 1, field, "a number in [0, 1)")
         for field in ("layer_norm_eps", "initializer_range"):
@@ -208,7 +225,8 @@ class ViTSimpleConfig(PretrainedConfig):
             value = getattr(self, field)
             valid = value is None or (is_number(value) and 0 <= value < float("inf"))
             expect(valid, field, "None or a number of at least 0")
-        for field in ("qkv_bias", "use_class_token", "fc_norm", "no_embed_class", "pre_norm"):
+        switches = ("qkv_bias", "use_class_token", "fc_norm", "no_embed_class", "pre_norm", "interpolate_antialias")
+        for field in switches:
             expect(isinstance(getattr(self, field), bool), field, "True or False")
         choices = {
             "pooling": ("cls", "mean"),
@@ -223,8 +241,9 @@ class ViTSimpleConfig(PretrainedConfig):
         # Fields that depend on each other.
         heads, patch_size = self.num_attention_heads, pair(self.patch_size)
         expect(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads={heads}")
-        divides = all(size % patch == 0 for size, patch in zip(pair(self.image_size), patch_size))
-        expect(divides, "image_size", f"a multiple of patch_size={self.patch_size}")
+        for field in ("image_size", "pretrain_image_size"):
+            divides = all(size % patch == 0 for size, patch in zip(pair(getattr(self, field) or 0), patch_size))
+            expect(divides, field, f"a multiple of patch_size={self.patch_size}")
         valid = self.position_embedding == "learned" or self.hidden_size % 4 == 0
         expect(valid, "hidden_size", "a multiple of 4 for position_embedding='sincos2d'")
         expect(self.pooling == "mean" or self.use_class_token, "pooling", "'mean' when use_class_token=False")
@@ -243,6 +262,12 @@ def pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
+def patch_grid(image_size, patch_size) -> tuple[int, int]:
+    """Rows and columns of the patches of an image."""
+    (height, width), (patch_height, patch_width) = pair(image_size), pair(patch_size)
+    return height // patch_height, width // patch_width
+
+
 def is_integer(value, minimum: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
@@ -251,6 +276,36 @@ def label_maps(names: Iterable[str]) -> dict[str, dict]:
     """The config fields `id2label` and `label2id` for class names in the order of the logits."""
     id2label = dict(enumerate(names))
     return {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+
+
+def complete_labels(num_labels=None, id2label=None, label2id=None) -> dict:
+    """The label fields of a config, both maps if one of them is given, in the order of the logits.
+
+    Raises:
+        ValueError: they are not labels, or contradict each other.
+    """
+    if num_labels is not None and not is_integer(num_labels):
+        raise ValueError(f"ViTSimpleConfig.num_labels: expected a positive integer, got {num_labels!r}")
+    if id2label is None and label2id is None:
+        return {} if num_labels is None else {"num_labels": num_labels}
+    try:  # keys are strings in JSON
+        names = {int(index): name for index, name in (id2label or {}).items()}
+        indices = {name: int(index) for name, index in (label2id or {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        wanted = "expected dictionaries of numbers and names"
+        raise ValueError(f"ViTSimpleConfig.id2label and label2id: {wanted}, got {id2label} and {label2id}") from error
+    names = names or {index: name for name, index in indices.items()}
+    if sorted(names) != list(range(len(names))) or not names:
+        wanted = "expected the classes to be numbered from 0 without gaps"
+        raise ValueError(f"ViTSimpleConfig.id2label: {wanted}, got {sorted(names)}")
+    maps = label_maps(names[index] for index in range(len(names)))
+    # Two classes may have one name; label2id then has either.
+    if indices and (indices.keys() != maps["label2id"].keys() or any(names[i] != name for name, i in indices.items())):
+        wanted = f"expected {maps['label2id']}, as in id2label, or None"
+        raise ValueError(f"ViTSimpleConfig.label2id: {wanted}, got {label2id}")
+    if num_labels not in (None, len(names)):
+        raise ValueError(f"ViTSimpleConfig.num_labels: expected {len(names)}, as in id2label, got {num_labels}")
+    return maps | ({"label2id": indices} if indices else {})
 
 
 def refuse_near_misses(keywords: Iterable[str]):

@@ -190,7 +190,7 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
         super().__init__(config)
         config.check()
         D, depth = config.hidden_size, config.num_hidden_layers
-        rows, columns = config.grid_size
+        rows, columns = config.position_grid_size
         registers, positions = config.num_register_tokens, config.num_prefix_positions + rows * columns
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D)) if config.use_class_token else None
@@ -207,7 +207,7 @@ class ViTSimpleModel(ViTSimplePreTrainedModel):
         """The position of every token for a patch grid, (1, T, D); zero for prefix tokens that have none."""
         config, weight = self.config, self.patch_embed.proj.weight
         if config.position_embedding == "learned":
-            positions = resample_positions(self.pos_embed, config.grid_size, (rows, columns))
+            positions = resample_positions(self.pos_embed, config, (rows, columns))
         else:
             positions = sincos2d(rows, columns, config.hidden_size, weight.device).to(weight.dtype)
         return F.pad(positions, (0, 0, config.num_prefix_tokens + rows * columns - positions.shape[1], 0))
@@ -325,7 +325,7 @@ class ViTSimpleForImageClassification(ViTSimpleModel):
 
 
 # Loading at another size
-RESIZABLE_FIELDS = ("image_size", "patch_size", "num_channels", "id2label", "label2id")
+RESIZABLE_FIELDS = ("image_size", "pretrain_image_size", "patch_size", "num_channels", "id2label", "label2id")
 
 
 def load_resized(load, path, config, kwargs):
@@ -350,14 +350,14 @@ def load_resized(load, path, config, kwargs):
 def resize(model: ViTSimplePreTrainedModel, target: ViTSimpleConfig):
     """Gives a model the image size, patch size, channels and labels of `target`, and logs what changed."""
     config, proj, head, changes = model.config, model.patch_embed.proj, getattr(model, "head", None), []
-    patch_size, channels, grid = pair(target.patch_size), target.num_channels, target.grid_size
+    patch_size, channels, grid = pair(target.patch_size), target.num_channels, target.position_grid_size
     if patch_size != pair(config.patch_size) or channels != config.num_channels:
         proj.weight = nn.Parameter(resample_kernel(proj.weight, patch_size, channels))
         proj.kernel_size, proj.stride, proj.in_channels = patch_size, patch_size, channels
         changes.append(f"patches {config.num_channels} x {config.patch_size} to {channels} x {target.patch_size}")
-    if model.pos_embed is not None and grid != config.grid_size:
-        model.pos_embed = nn.Parameter(resample_positions(model.pos_embed, config.grid_size, grid))
-        changes.append(f"positions {config.grid_size} to {grid}")
+    if model.pos_embed is not None and grid != config.position_grid_size:
+        model.pos_embed = nn.Parameter(resample_positions(model.pos_embed, config, grid))
+        changes.append(f"positions {config.position_grid_size} to {grid}")
     if head is not None and target.num_labels != config.num_labels:
         head.weight = nn.Parameter(head.weight.new_empty(target.num_labels, config.hidden_size))
         head.bias, head.out_features = nn.Parameter(head.bias.new_empty(target.num_labels)), target.num_labels
@@ -370,13 +370,19 @@ def resize(model: ViTSimplePreTrainedModel, target: ViTSimpleConfig):
         logger.warning(f"{model.name_or_path} was resized: {', '.join(changes)}")
 
 
-def resample_positions(pos_embed: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-    """Learned positions (1, prefix + N, D) for another patch grid: bicubic, antialiased, in float32."""
-    if grid == new_grid:
+def resample_positions(pos_embed: torch.Tensor, config: ViTSimpleConfig, grid: tuple[int, int]) -> torch.Tensor:
+    """The learned positions (1, prefix + N, D) of a config for another patch grid: bicubic, in float32."""
+    rows, columns = config.position_grid_size
+    if grid == (rows, columns):
         return pos_embed
-    prefix, patches = pos_embed.split([pos_embed.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], dim=1)
-    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).float()  # (1, N, D) -> (1, D, H/P, W/P)
-    patches = F.interpolate(patches, new_grid, mode="bicubic", antialias=True)
+    prefix, patches = pos_embed.split([config.num_prefix_positions, rows * columns], dim=1)
+    patches = patches.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).float()  # (1, N, D) -> (1, D, H/P, W/P)
+    options = {"mode": "bicubic", "antialias": config.interpolate_antialias}
+    if offset := config.interpolate_offset:
+        options["scale_factor"] = ((grid[0] + offset) / rows, (grid[1] + offset) / columns)
+    else:
+        options["size"] = grid
+    patches = F.interpolate(patches, **options)
     return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
 

@@ -4,8 +4,9 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, S
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import cached_file
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair, refuse_kernels
 from ..files import CODE, PREPROCESSOR, ROOT, SAFETENSORS, RunError, UserError, check_types, inherited, read_json
@@ -22,15 +24,24 @@ from .processors import (
     FAMILY_OF_TYPE,
     family_processor,
     fit_processor,
+    override_processor,
     processor_from_timm,
+    processor_output,
     processor_to_timm,
 )
-from .state_dict import Tensors, import_state_dict, join_names, load_tensors
+from .resampling import source_of_timm_keys, with_image_size
+from .state_dict import Tensors, check_storages, import_state_dict, join_names, load_tensors
 from .timm import CONFIG_FIELDS, from_timm, to_timm
 from .transformers import check_type, from_transformers, to_transformers
+from .unwrap import unwrap
 
 DESCRIPTION = ("config.json", PREPROCESSOR, "processor_config.json", "README.md")
 PICKLES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
+NO_PROCESSOR = (
+    "the checkpoint has no image processor: give --family, one of " + ", ".join(FAMILIES) + "; or --image_mean and "
+    "--image_std, with --interpolation and --crop_pct; or save that of its base model beside the weights, with "
+    "AutoImageProcessor.from_pretrained(BASE_MODEL).save_pretrained(SOURCE)"
+)
 WEIGHTS = (*SAFETENSORS, "*.safetensors", *PICKLES, "*.bin", "*.pth")  # the first pattern that matches is used
 
 
@@ -94,43 +105,67 @@ def open_checkpoint(
     num_attention_heads: int | None = None,
     hidden_act: str | None = None,
     base_model: str | None = None,
+    *,
+    key: str | None = None,
+    **preprocessing: Any,
 ) -> Checkpoint:
     """A checkpoint in any supported format; the options supply what its files do not state.
+
+    Args:
+        key: an entry of the file, if it has several models.
+        preprocessing: of a training of one's own: image_mean, image_std, interpolation, crop_pct.
 
     Raises:
         UserError: it is not a plain ViT, its files contradict each other, or too little is known.
         OSError: the Hub cannot be reached.
     """
     folder, files = find_weights(source)
-    tensors, report = load_tensors(files), []
     content = read_config(folder) if folder else {}
-    metadata = inherited(folder) if folder else {}
     model_type = content.get("model_type")
     if content:
         fields = CONFIG_FIELDS if model_type is None else {"model_type": str}
         check_types(content, fields, str(folder / "config.json"))
-    pretrained = content.get("pretrained_cfg") or {}
+    is_ours = model_type == ViTSimpleConfig.model_type
     if model_type is not None and (num_attention_heads or hidden_act):
         raise UserError("--num_attention_heads and --hidden_act cannot be combined with a config.json that states both")
+    if not is_ours and model_type is not None:
+        check_type(model_type)
+    report: list[str] = []
+    tensors, prefix = unwrap(load_tensors(files), key, report)
+    check_storages(tensors, str(files[0] if len(files) == 1 else folder))
+    metadata = origin(source, folder, content, base_model)
+    preprocessing = {name: value for name, value in preprocessing.items() if value is not None}
+    is_clip = "norm_pre.weight" in tensors or str(model_type).startswith("clip")
+    make_processor = choose_processor(folder, content, family, preprocessing, is_clip, metadata, report)
+    missing = [] if make_processor else [NO_PROCESSOR]
+
     if model_type is None:
-        config, tensors = from_timm(content, tensors, report, num_attention_heads, hidden_act)
-        metadata = ({"license": pretrained["license"]} if pretrained.get("license") else {}) | metadata
-    elif model_type == ViTSimpleConfig.model_type:
+        is_pickle, has_registers = files[0].suffix != ".safetensors", "register_tokens" in tensors
+        library = "timm" if content else source_of_timm_keys(family, is_pickle, prefix, has_registers)
+        config, tensors = from_timm(content, tensors, report, missing, num_attention_heads, hidden_act, library)
+    elif missing:
+        raise UserError("; ".join(missing))
+    elif is_ours:
         config = open_config(folder, ViTSimpleConfig)
         tensors = import_state_dict(tensors, {}, config)
     else:
-        check_type(model_type)
         config, tensors = from_transformers(open_config(folder), tensors, report)
 
-    if family is None and pretrained:
-        processor = processor_from_timm(pretrained, pair(config.image_size), report)
-    else:
-        processor = read_processor(folder, family, model_type, config, report)
+    processor = make_processor(pair(config.image_size))
+    if not is_ours:
+        config = with_image_size(config, processor_output(processor), report)
+    processor = override_processor(fit_processor(processor, config, report), preprocessing)
+    return Checkpoint(config, tensors, processor, metadata, report)
+
+
+def origin(source: str, folder: Path | None, content: dict, base_model: str | None) -> dict:
+    """License and base model, as far as the files, the source's name and the user state them."""
+    metadata = inherited(folder) if folder else {}
+    if license := (content.get("pretrained_cfg") or {}).get("license"):
+        metadata = {"license": license} | metadata
     if not Path(source).exists():
         metadata["base_model"] = source
-    if base_model is not None:
-        metadata["base_model"] = base_model
-    return Checkpoint(config, tensors, fit_processor(processor, config, report), metadata, report)
+    return metadata | ({} if base_model is None else {"base_model": base_model})
 
 
 def read_config(folder: Path) -> dict:
@@ -159,21 +194,48 @@ def open_config(folder: Path, config_class: Any = AutoConfig) -> PretrainedConfi
         raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
-def read_processor(
-    folder: Path | None, family: str | None, model_type: str | None, config: ViTSimpleConfig, report: list[str]
-) -> dict:
-    """The image processor of the family that the user names, of the folder, or of the usual family."""
-    if family is None and folder is not None:
+def choose_processor(
+    folder: Path | None,
+    content: dict,
+    family: str | None,
+    preprocessing: dict,
+    is_clip: bool,
+    metadata: dict,
+    report: list[str],
+) -> Callable[[tuple[int, int]], dict] | None:
+    """The image processor for an image size: of the family that the user names, of the folder, of the base model, as
+    the user describes it, or of the usual family; None if nothing says which.
+    """
+    if family is not None:
+        return partial(family_processor, family)
+    if pretrained := content.get("pretrained_cfg"):
+        return partial(processor_from_timm, pretrained, report=report)
+    if stored := stored_processor(folder, metadata.get("base_model"), report):
+        return lambda _: stored
+    if {"image_mean", "image_std"} <= preprocessing.keys():
+        report.append("assumed timm's defaults for preprocessing that is not given: bicubic, crop_pct 0.875")
+        cfg = {"mean": preprocessing["image_mean"], "std": preprocessing["image_std"]}
+        return partial(processor_from_timm, cfg, report=report)
+    if family := FAMILY_OF_TYPE.get(content.get("model_type"), "clip" if is_clip else None):
+        report.append(f"assumed the image processor of {family}, because the checkpoint has none")
+        return partial(family_processor, family)
+    return None
+
+
+def stored_processor(folder: Path | None, base_model: Any, report: list[str]) -> dict:
+    """The image processor in a folder, or that of the base model, {} if there is none."""
+    if folder is not None:
         combined = read_json(folder / "processor_config.json").get("image_processor")
         if processor := read_json(folder / PREPROCESSOR) or combined:
             return processor
-    if family is None:
-        family = FAMILY_OF_TYPE.get(model_type, "clip" if config.pre_norm else None)
-        if family is None:
-            choices = ", ".join(FAMILIES)
-            raise UserError(f"--family is required, because there is no image processor: choose one of {choices}")
-        report.append(f"assumed the image processor of {family}, because the checkpoint has none")
-    return family_processor(family, pair(config.image_size))
+    if not isinstance(base_model, str):
+        return {}
+    try:
+        file = Path(cached_file(base_model, PREPROCESSOR))
+    except (OSError, ValueError):  # not found, no access, no name of a repository
+        return {}
+    report.append(f"took the image processor of the base model, {base_model}, because the checkpoint has none")
+    return read_json(file)
 
 
 # Writing
@@ -216,7 +278,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, to: str = "vit_simple
         write_json(folder / "config.json", content)
     else:
         if to == "transformers":
-            config, tensors = to_transformers(config, tensors)
+            config, tensors = to_transformers(config, tensors, checkpoint.report)
         else:
             config.architectures = ["ViTSimpleForImageClassification" if "head.weight" in tensors else "ViTSimpleModel"]
             for name in CODE:

@@ -26,15 +26,33 @@ FAMILIES = {  # resampling; crop fraction, None to squash the whole image; mean 
 }
 FAMILY_OF_TYPE = {"vit_mae": "mae", "dinov2": "dinov2", "dinov2_with_registers": "dinov2"}
 SQUASHED = "the image processor squashes images, because center crops are square and the model's input is not"
+EXPECTED = "expected size, resample, image_mean and image_std"
 KNOWN_PROCESSORS = ("ViTImageProcessor", "DeiTImageProcessor", "BitImageProcessor", "CLIPImageProcessor")
 
 
 def family_processor(family: str, image_size: tuple[int, int]) -> dict:
     """The preprocessing that a family was published with; images that are not square are squashed."""
     resample, crop, normalization = FAMILIES[family]
+    if family == "dinov2" and image_size == (518, 518):  # it was trained last at this size, and is used at 224
+        image_size = (224, 224)
     height, width = image_size
     shortest_edge = math.floor(height / crop) if crop and height == width else None
     return stock_processor(image_size, shortest_edge, resample) | normalization
+
+
+def processor_output(content: dict) -> tuple[int, int]:
+    """Height and width of the pixels that an image processor makes.
+
+    Raises:
+        UserError: the processor does not do what the processors of plain ViTs do.
+    """
+    processor, _ = open_known_processor(content)
+    try:
+        crops = getattr(processor, "do_center_crop", False)
+        size = dict(processor.crop_size if crops else processor.size)
+        return size.get("height") or size["shortest_edge"], size.get("width") or size["shortest_edge"]
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{PREPROCESSOR}: {EXPECTED}, got {content}") from error
 
 
 def fit_processor(content: dict, config: ViTSimpleConfig, report: list[str]) -> dict:
@@ -43,15 +61,13 @@ def fit_processor(content: dict, config: ViTSimpleConfig, report: list[str]) -> 
     Raises:
         UserError: the processor does not do what the processors of plain ViTs do.
     """
+    output = processor_output(content)
     processor, kind = open_known_processor(content)
     try:
         mean, std = list(processor.image_mean), list(processor.image_std)
-        size, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
-        resample = int(processor.resample)
-        output = crop if getattr(processor, "do_center_crop", False) else size
-        output = output.get("height") or output["shortest_edge"], output.get("width") or output["shortest_edge"]
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{PREPROCESSOR}: expected size, resample, image_mean and image_std, got {content}") from error
+        size, resample = dict(processor.size), int(processor.resample)
+    except TypeError as error:
+        raise UserError(f"{PREPROCESSOR}: {EXPECTED}, got {content}") from error
     height, width = pair(config.image_size)
     is_cropped = output != (size.get("height"), size.get("width"))
     if output != (height, width):
@@ -82,6 +98,35 @@ def fit_processor(content: dict, config: ViTSimpleConfig, report: list[str]) -> 
         "image_mean": mean,
         "image_std": std,
     }
+
+
+def override_processor(content: dict, options: dict) -> dict:
+    """An image processor that `fit_processor` returned, with the preprocessing of a training of one's own.
+
+    Args:
+        options: some of image_mean, image_std, interpolation and crop_pct.
+
+    Raises:
+        UserError: an option does not suit the model.
+    """
+    content = dict(content)
+    for name in ("image_mean", "image_std"):
+        if name in options:
+            if len(options[name]) != len(content[name]):
+                raise UserError(
+                    f"--{name}: expected {len(content[name])} numbers, one per channel, got {options[name]}"
+                )
+            content[name] = options[name]
+    if "interpolation" in options:
+        content["resample"] = PIL.Image.Resampling[options["interpolation"].upper()].value
+    if "crop_pct" in options:
+        size, crop_pct = content.get("crop_size") or content["size"], options["crop_pct"]
+        if not 0 < crop_pct <= 1 or size["height"] != size["width"]:
+            raise UserError(f"--crop_pct: expected a fraction in (0, 1] and square images, got {crop_pct} and {size}")
+        edge = {"shortest_edge": math.floor(size["height"] / crop_pct)}
+        crop = {"do_center_crop": True, "crop_size": size}
+        content |= {"image_processor_type": "BitImageProcessor", "size": edge, **crop}
+    return content
 
 
 def open_known_processor(content: dict) -> tuple[BaseImageProcessor, str]:

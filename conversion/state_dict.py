@@ -1,9 +1,11 @@
 """State dicts: reading them from files, renaming their keys, and refusing what is not a plain ViT."""
 
+import argparse
 import errno
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -15,6 +17,8 @@ from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleMode
 
 Tensors = dict[str, torch.Tensor]
 KeyMap = dict[str, str | list[str]]  # our key -> theirs, see `their_keys`
+
+MAX_DICTIONARIES = 100_000  # in one file; dictionaries may contain each other
 
 DROPPED = {  # tensors that only pre-training needs: a pattern of their keys, and what they are
     r"pooler\.|pre_logits\.": "the tanh layer between backbone and head",
@@ -145,14 +149,26 @@ def with_learned_positions(config: ViTSimpleConfig, tensors: Tensors) -> tuple[V
     return config, {**tensors, "pos_embed": positions}
 
 
+def move_class_position(tensors: Tensors, class_token: str, positions: str) -> dict:
+    """Adds the position of the class token to the token, since we have no positions before register tokens."""
+    if not {class_token, positions} <= tensors.keys():
+        return {}  # import_state_dict says what is missing
+    token, table = tensors[class_token], tensors[positions]
+    tensors[class_token] = (token.float() + table[:, :1].float()).to(token.dtype)
+    tensors[positions] = table[:, 1:].contiguous()
+    return {"no_embed_class": True}
+
+
 # Files
 
 
 def load_tensors(files: list[Path]) -> Tensors:
     """The tensors in one or more files, memory-mapped; code in pickles is not run.
 
+    Those of nested dictionaries have the keys joined by dots. `check_storages` says whether they can be used.
+
     Raises:
-        UserError: a file is damaged, holds more than tensors, or repeats a tensor of another file.
+        UserError: a file is damaged, holds an object of a class that is not allowed, or repeats a tensor of another.
     """
     tensors: Tensors = {}
     for file in files:
@@ -176,26 +192,34 @@ def load_safetensors(file: Path) -> Tensors:
 
 
 def load_pickle(file: Path) -> Tensors:
+    # DeiT, MAE and DINO save their options, which are harmless, beside the weights.
+    allowed = torch.serialization.safe_globals([argparse.Namespace])
     try:
-        with warnings.catch_warnings(action="ignore"):  # the error says it all
+        with allowed, warnings.catch_warnings(action="ignore"):  # the error says it all
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged or hostile file makes the unpickler raise anything
         if is_machine_failure(error) and getattr(error, "errno", None) != errno.EINVAL:  # a seek before the beginning
             raise RunError(f"{file} cannot be read: {error}") from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it contains {code[1]}, which is not loaded" if code else "it is damaged or not a checkpoint"
-        raise UserError(f"{file}: expected a file with nothing but tensors: {reason}") from error
-    for wrapper in ("model", "state_dict"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    entries = loaded.items() if isinstance(loaded, dict) else [(None, loaded)]
-    if not all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in entries):
-        raise UserError(f"{file}: expected names and tensors, got {type(loaded).__name__} with other values")
-    check_storages(loaded, file)
-    return dict(loaded)
+        raise UserError(f"{file}: expected a file of tensors: {reason}") from error
+    tensors: Tensors = {}
+    dictionaries = [("", loaded)]
+    for _ in range(MAX_DICTIONARIES):
+        if not dictionaries:
+            break
+        prefix, content = dictionaries.pop()
+        for key, value in content.items() if isinstance(content, Mapping) else ():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{prefix}{key}"] = value
+            elif isinstance(value, Mapping):
+                dictionaries.append((f"{prefix}{key}.", value))
+    if dictionaries or not tensors:
+        raise UserError(f"{file}: expected names and tensors, got {type(loaded).__name__} without them")
+    return tensors
 
 
-def check_storages(tensors: Tensors, file: Path):
+def check_storages(tensors: Tensors, source: str):
     """Raises UserError if a tensor is not dense, or if tensors need many more bytes than the file has for them.
 
     A tensor with strides of 0, or many that share their bytes, would turn a small file into a large checkpoint.
@@ -205,10 +229,12 @@ def check_storages(tensors: Tensors, file: Path):
         is_usual = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
         if not is_usual or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
             raise UserError(
-                f"{file}: expected dense tensors, but {name} is sparse, quantized, nested or without values"
+                f"{source}: expected dense tensors, but {name} is sparse, quantized, nested or without values"
             )
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         sizes[address] = sizes.get(address, 0) + tensor.nbytes
         if tensor.nbytes > storage.nbytes() or sizes[address] > 4 * storage.nbytes():  # a few tied weights are usual
-            raise UserError(f"{file}: {name} has {tensor.nbytes:,} bytes, but the file has {storage.nbytes():,} for it")
+            raise UserError(
+                f"{source}: {name} has {tensor.nbytes:,} bytes, but the file has {storage.nbytes():,} for it"
+            )

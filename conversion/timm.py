@@ -5,6 +5,7 @@ import re
 
 from ..configuration_vit_simple import VARIANTS, ViTSimpleConfig, label_maps, pair
 from ..files import UserError
+from .resampling import FIELDS, RESAMPLING, joined, keep_resampling, with_positions_of_image_size
 from .state_dict import (
     KeyMap,
     Tensors,
@@ -12,6 +13,7 @@ from .state_dict import (
     drop,
     import_state_dict,
     join_names,
+    move_class_position,
     refuse,
     with_learned_positions,
 )
@@ -19,6 +21,7 @@ from .state_dict import (
 DEIT3: KeyMap = {
     f"blocks.*.ls{branch}.gamma": f"blocks.*.gamma_{branch}" for branch in (1, 2)
 }  # the original DeiT III keys
+DINOV2 = {r"^register_tokens$": "reg_token", r"\.mlp\.w12\.": ".mlp.fc1.", r"\.mlp\.w3\.": ".mlp.fc2."}  # original keys
 # timm's config seldom states the number of attention heads, so it follows from the width: ours, and those of timm's
 # other ViTs, TinyCLIP, DINOv2 giant (1536) and CLIP bigG (1664).
 HEADS_BY_WIDTH = {
@@ -67,15 +70,19 @@ def from_timm(
     content: dict,
     tensors: Tensors,
     report: list[str],
+    missing: list[str],
     num_attention_heads: int | None = None,
     hidden_act: str | None = None,
+    source: str = "timm",
 ) -> tuple[ViTSimpleConfig, Tensors]:
-    """Our config and tensors from those of timm.
+    """Our config and tensors from those of timm, or of the original repositories, which have the same keys.
 
     Args:
         content: timm's config.json, {} if there is none. Most of the architecture is read from the tensors.
         report: gets a line for everything that is dropped or assumed.
+        missing: the options that are required; get those that are required here, too.
         num_attention_heads, hidden_act: for files whose config does not state them.
+        source: "timm", or the original repository, a name in RESAMPLING.
 
     Raises:
         UserError: another family, tensors that contradict the config, or too little information.
@@ -87,37 +94,53 @@ def from_timm(
         raise UserError(f"expected a plain ViT, whose timm name begins with vit_, deit_ or deit3_, got {architecture}")
     if unknown := set(args).difference(KNOWN_ARGS.split()):
         raise UserError(f"expected model_args of a plain ViT, got {join_names(unknown)}")
-    has_config = bool(content)
     if any(key.startswith("pre_logits.") for key in tensors) and "head.weight" in tensors:
         report.append("dropped the head, because it reads the output of the tanh layer")
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("head.")}
-        content = content | {"num_classes": None}
-    tensors = drop(tensors, report)
+        content = content | {"num_classes": None} if content else {}
+    tensors = rename_dinov2(drop(tensors, report))
     fields = fields_from_shapes(tensors)
     fields |= fields_from_positions(content, tensors, fields)
     fields |= fields_from_head(content, tensors, fields)
-    if not has_config:
+    fields |= RESAMPLING[source] | {name: content[name] for name in FIELDS if name in content}
+    if not content:
         size, pooling = pair(fields["image_size"]), fields["pooling"]
         report.append(f"assumed images of {size} pixels and pooling {pooling!r}, because there is no config.json")
-    fields["num_attention_heads"] = num_attention_heads or heads_of(architecture, args, fields["hidden_size"], report)
-    fields["hidden_act"] = hidden_act or activation_of(content, fields)
+    if source != "timm":
+        report.append(f"positions are resampled for other image sizes as in {source}: {joined(RESAMPLING[source])}")
+    heads = num_attention_heads or heads_of(architecture, args, fields["hidden_size"], report, missing)
+    act = hidden_act or activation_of(content, fields, missing)
+    if missing:
+        raise UserError("; ".join(missing))
     is_clip = "_clip_" in architecture if architecture else fields["pre_norm"]
-    config = build_config(layer_norm_eps=1e-5 if is_clip else 1e-6, **fields)
+    eps = 1e-5 if is_clip else 1e-6
+    config = build_config(layer_norm_eps=eps, num_attention_heads=heads, hidden_act=act, **fields)
     return config, import_state_dict(tensors, DEIT3 if "blocks.0.gamma_1" in tensors else {}, config)
 
 
-def heads_of(architecture: str, args: dict, width: int, report: list[str]) -> int:
-    """The number of attention heads, which does not show in any tensor."""
+def rename_dinov2(tensors: Tensors) -> Tensors:
+    """The tensors with timm's keys for those that only DINOv2's repository has."""
+    has_registers = "register_tokens" in tensors
+    for pattern, name in DINOV2.items():
+        tensors = {re.sub(pattern, name, key): tensor for key, tensor in tensors.items()}
+    if has_registers:
+        move_class_position(tensors, "cls_token", "pos_embed")
+    return tensors
+
+
+def heads_of(architecture: str, args: dict, width: int, report: list[str], missing: list[str]) -> int | None:
+    """The number of attention heads, which does not show in any tensor; None if it is added to `missing`."""
     if args.get("num_heads"):
         return args["num_heads"]
     heads = HEADS_BY_NAME.get(architecture, HEADS_BY_WIDTH.get(width))
     if heads is None:
-        raise UserError(f"--num_attention_heads is required: no config states it and width {width} is not a known one")
+        missing.append(f"--num_attention_heads is required: no config states it and width {width} is not a known one")
+        return None
     report.append(f"assumed {heads} attention heads, as in published ViTs of width {width}")
     return heads
 
 
-def activation_of(content: dict, fields: dict) -> str:
+def activation_of(content: dict, fields: dict, missing: list[str]) -> str:
     """The activation of the MLP: from model_args, or what timm uses for the name of the model."""
     architecture, args = content.get("architecture") or "", content.get("model_args") or {}
     if args.get("act_layer"):
@@ -129,9 +152,9 @@ def activation_of(content: dict, fields: dict) -> str:
     if "quickgelu" in architecture:
         return "quick_gelu"
     if fields["pre_norm"] and not architecture:
-        raise UserError("--hidden_act is required for CLIP without a config: quick_gelu (OpenAI's weights) or gelu")
+        missing.append("--hidden_act is required for CLIP without a config: quick_gelu (OpenAI's weights) or gelu")
     if "QuickGELU" in str((content.get("pretrained_cfg") or {}).get("notes")):
-        raise UserError(
+        missing.append(
             f"--hidden_act is required: config.json says that these weights were trained with quick_gelu, but timm "
             f"uses gelu for {architecture}"
         )
@@ -222,7 +245,7 @@ def to_timm(config: ViTSimpleConfig, tensors: Tensors, report: list[str]) -> tup
     Raises:
         UserError: an activation or a layer_norm_eps that timm's config cannot express.
     """
-    config, tensors = with_learned_positions(config, tensors)
+    config, tensors = with_positions_of_image_size(*with_learned_positions(config, tensors), report)
     activations = {ours: timms for timms, ours in reversed(ACTIVATIONS.items())}
     if config.hidden_act not in activations:
         raise UserError(f"--to timm: expected hidden_act to be one of {list(activations)}, got {config.hidden_act}")
@@ -255,6 +278,7 @@ def to_timm(config: ViTSimpleConfig, tensors: Tensors, report: list[str]) -> tup
             "fc_norm": config.fc_norm,
             "act_layer": activations[config.hidden_act],
         },
+        **keep_resampling(config, "timm", report),
     }
     if content["num_classes"] and set(config.id2label.values()) != {f"LABEL_{i}" for i in config.id2label}:
         content["label_names"] = list(config.id2label.values())

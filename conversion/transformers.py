@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, label_maps, pair
 from ..files import UserError
+from .resampling import RESAMPLING, keep_resampling, with_positions_of_image_size
 from .state_dict import (
     KeyMap,
     Tensors,
@@ -17,6 +18,7 @@ from .state_dict import (
     export_state_dict,
     import_state_dict,
     join_names,
+    move_class_position,
     refuse,
     their_keys,
     with_learned_positions,
@@ -114,7 +116,7 @@ def from_transformers(config: PretrainedConfig, tensors: Tensors, report: list[s
     check_type(model_type)
     key_map, prefix = KEY_MAPS[model_type]
     tensors = drop({key.removeprefix(prefix): tensor for key, tensor in tensors.items()}, report)
-    fields = {name: getattr(vision, name) for name in OWN_FIELDS if hasattr(vision, name)}
+    fields = RESAMPLING[model_type] | {name: getattr(vision, name) for name in OWN_FIELDS if hasattr(vision, name)}
     if key_map is CLIP:
         fields |= {"pre_norm": True, "attention_probs_dropout_prob": vision.attention_dropout}
         fields |= read_clip_projection(tensors, report)
@@ -126,19 +128,9 @@ def from_transformers(config: PretrainedConfig, tensors: Tensors, report: list[s
     if model_type == "dinov2_with_registers":
         fields |= move_class_position(tensors, *their_keys("cls_token", key_map), *their_keys("pos_embed", key_map))
     if "classifier.weight" in tensors:
-        fields |= {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
+        fields |= {"id2label": config.id2label, "problem_type": config.problem_type}
     our_config = build_config(**fields)
     return our_config, import_state_dict(tensors, key_map, our_config)
-
-
-def move_class_position(tensors: Tensors, class_token: str, positions: str) -> dict:
-    """Adds the position of the class token to the token, since we have no positions before register tokens."""
-    if not {class_token, positions} <= tensors.keys():
-        return {}  # import_state_dict says what is missing
-    token, table = tensors[class_token], tensors[positions]
-    tensors[class_token] = (token.float() + table[:, :1].float()).to(token.dtype)
-    tensors[positions] = table[:, 1:].contiguous()
-    return {"no_embed_class": True}
 
 
 def read_clip_projection(tensors: Tensors, report: list[str]) -> dict:
@@ -186,14 +178,19 @@ def dinov2_width(hidden_size: int, mlp_ratio: int, swiglu: bool) -> int:
 # To transformers
 
 
-def to_transformers(config: ViTSimpleConfig, tensors: Tensors) -> tuple[PretrainedConfig, Tensors]:
-    """Config and tensors of transformers from ours.
+def to_transformers(config: ViTSimpleConfig, tensors: Tensors, report: list[str]) -> tuple[PretrainedConfig, Tensors]:
+    """Config and tensors of transformers from ours; `report` gets a line for everything that changes.
 
     Raises:
         UserError: names the fields that no model of transformers supports.
     """
     config, tensors = with_learned_positions(config, tensors)
     model_type, has_head = target_type(config), "head.weight" in tensors
+    resampling = keep_resampling(config, model_type, report)
+    if model_type.startswith("dinov2") and not resampling:  # these classes resample for any size, as we do
+        native = config.pretrain_image_size or config.image_size
+        config = ViTSimpleConfig.from_dict(config.to_dict(), image_size=native)
+    config, tensors = with_positions_of_image_size(config, tensors, report)
     check_supported(config, model_type)
     (key_map, prefix), (backbone, classifier, _) = KEY_MAPS[model_type], TARGETS[model_type]
     if model_type.startswith("dinov2") and config.mlp == "swiglu":
@@ -214,7 +211,7 @@ def to_transformers(config: ViTSimpleConfig, tensors: Tensors) -> tuple[Pretrain
     exported = export_state_dict(tensors, key_map, prefix)
     if model_type.startswith("dinov2"):
         exported[f"{prefix}embeddings.mask_token"] = tensors["cls_token"].new_zeros(1, config.hidden_size)
-    fields = target_fields(config, model_type, has_head)
+    fields = target_fields(config, model_type, has_head) | resampling
     return CONFIG_MAPPING[model_type](**fields, architectures=[classifier if has_head else backbone]), exported
 
 

@@ -34,5 +34,5 @@ def initialize_mimetic(model: ViTSimpleForImageClassification):
         block.attn.proj.weight.copy_(left)
         value.copy_(right.T)
     if model.pos_embed is not None:
-        rows, columns = config.grid_size
+        rows, columns = config.position_grid_size
         model.pos_embed[:, prefix:] = sincos2d(rows, columns, D, model.pos_embed.device)

@@ -75,7 +75,7 @@ def test_positions_are_resampled_as_in_timm(size, fields):
     prefix, grid = config.num_prefix_positions, tuple(side // 4 for side in size)
     positions = torch.randn(1, prefix + 16, 32)
     expected = resample_abs_pos_embed(positions, grid, (4, 4), prefix)
-    assert torch.allclose(resample_positions(positions, (4, 4), grid), expected, atol=1e-5)
+    assert torch.allclose(resample_positions(positions, config, grid), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 10), (2, 2)])

@@ -148,7 +148,8 @@ def test_resample_positions_keeps_a_smooth_function():
     y, x = torch.meshgrid(torch.linspace(-1, 1, 14), torch.linspace(-1, 1, 14), indexing="ij")
     table = torch.stack([y, x, x * y]).flatten(1).T[None]
     prefix = torch.randn(1, 2, 3)
-    larger = resample_positions(torch.cat([prefix, table], 1), (14, 14), (28, 20))
+    config = ViTSimpleConfig(**{**TINY, "image_size": 56, "num_register_tokens": 1})
+    larger = resample_positions(torch.cat([prefix, table], 1), config, (28, 20))
     assert torch.equal(larger[:, :2], prefix)
     expected = F.interpolate(table.transpose(1, 2).unflatten(2, (14, 14)), (28, 20), mode="bilinear")
     assert torch.allclose(larger[:, 2:].transpose(1, 2).unflatten(2, (28, 20)), expected, atol=0.05)
