@@ -105,7 +105,7 @@ def test_root_has_few_python_files():
 
 
 def test_files_are_short_enough_to_read():
-    most = {"README.md": 200, "train.py": 280, "modeling_vit_simple.py": 400}
+    most = {"README.md": 200, "train.py": 280, "modeling_vit_simple.py": 430}
     lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in most}
     assert not {name: count for name, count in lines.items() if count > most[name]}
 
