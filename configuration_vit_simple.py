@@ -89,7 +89,7 @@ class ViTSimpleConfig(PretrainedConfig):
     # What ViTSimpleBackbone returns; config.json has these fields only where they were set.
     out_features = None  # names in `stage_names`, such as ["stage6", "stage12"]; None means the last one
     out_indices = None  # the same by number: 0 is the stem, 12 or -1 the last of 12 blocks
-    reshape_hidden_states = True  # True for maps (B, D, H/P, W/P), False for tokens (B, 1 + N, D)
+    reshape_hidden_states = True  # maps (B, D, H/P, W/P); False means tokens (B, 1 + N, D), as DPT needs
 
     def __init__(
         self,
@@ -245,8 +245,6 @@ class ViTSimpleConfig(PretrainedConfig):
             valid = isinstance(value, (list, tuple)) and value and all(each in allowed for each in value)
             expect(value is None or valid, field, f"None or a list of values in {allowed}")
         expect(self.out_features is None or self.out_indices is None, "out_indices", "None when out_features is given")
-        valid = self.reshape_hidden_states or self.use_class_token
-        expect(valid, "reshape_hidden_states", "True when use_class_token=False")
 
     def _expect(self, condition, field: str, expected: str):
         if not condition:

@@ -103,6 +103,23 @@ def test_feature_maps_are_the_tokens_of_the_model_without_prefix_and_partial_pat
     assert torch.equal(maps.flatten(2).transpose(1, 2), tokens[:, 3:])
 
 
+@pytest.mark.parametrize("use_class_token", [True, False])
+def test_tokens_for_dpt_are_the_class_token_or_the_mean_and_the_patches_without_registers(pixels, use_class_token):
+    fields = {**EVERY_SWITCH, "use_class_token": use_class_token}
+    maps, tokens = (
+        ViTSimpleBackbone(ViTSimpleConfig(**TINY, **fields, reshape_hidden_states=reshape)).eval()
+        for reshape in (True, False)
+    )
+    tokens.load_state_dict(maps.state_dict())
+    with torch.no_grad():
+        (patches,), (tokens,) = maps(pixels).feature_maps, tokens(pixels).feature_maps
+        last = maps(pixels, output_hidden_states=True).hidden_states[-1]
+    patches = patches.flatten(2).transpose(1, 2)
+    assert torch.equal(tokens[:, 1:], patches)
+    expected = maps.norm(last)[:, 0] if use_class_token else patches.mean(dim=1)
+    torch.testing.assert_close(tokens[:, 0], expected)
+
+
 def test_backbone_returns_hidden_states_only_when_asked(pixels):
     backbone = ViTSimpleBackbone(ViTSimpleConfig(**TINY))
     assert backbone(pixels).keys() == {"feature_maps"}
@@ -131,7 +148,7 @@ def test_saved_backbone_keeps_its_stages_and_a_classifier_names_none(tmp_path):
         ({"out_indices": [4]}, r"out_indices: expected .* got \[4\]"),
         ({"out_indices": []}, "out_indices: expected None or a list"),
         ({"out_features": ["stage1"], "out_indices": [1]}, "out_indices: expected None when out_features is given"),
-        ({"reshape_hidden_states": False, "use_class_token": False, "pooling": "mean"}, "expected True when use_class"),
+        ({"reshape_hidden_states": 0}, "reshape_hidden_states: expected True or False, got 0"),
     ],
 )
 def test_stages_that_do_not_exist_are_one_error(fields, message):
