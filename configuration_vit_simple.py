@@ -11,6 +11,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_vit_simple.ViTSimpleConfig",
     "AutoModel": "modeling_vit_simple.ViTSimpleModel",
     "AutoModelForImageClassification": "modeling_vit_simple.ViTSimpleForImageClassification",
+    "AutoBackbone": "modeling_vit_simple.ViTSimpleBackbone",
 }
 
 # name: hidden_size, num_hidden_layers, num_attention_heads, intermediate_size
@@ -87,13 +88,18 @@ class ViTSimpleConfig(PretrainedConfig):
         pretrain_image_size: size of the images for which the learned positions are stored, if it is not `image_size`;
             they are resampled at every step, so that any other size is as exact. An int, a pair or None.
         kwargs: fields of every transformers config, such as `num_labels`, `id2label` (sets `label2id`, too) and
-            `problem_type`.
+            `problem_type`; and, for AutoBackbone, `out_features`, `out_indices` and `reshape_hidden_states`.
 
     Raises:
         ValueError: a value that cannot work, or a keyword that resembles one of the above.
     """
 
     model_type = "vit_simple"
+
+    # What ViTSimpleBackbone returns; config.json has these fields only where they were set.
+    out_features = None  # names in `stage_names`, such as ["stage6", "stage12"]; None means the last one
+    out_indices = None  # the same by number: 0 is the stem, 12 or -1 the last of 12 blocks
+    reshape_hidden_states = True  # maps (B, D, H/P, W/P); False means tokens (B, 1 + N, D), as DPT needs
 
     def __init__(
         self,
@@ -181,6 +187,11 @@ class ViTSimpleConfig(PretrainedConfig):
         return patch_grid(self.pretrain_image_size or self.image_size, self.patch_size)
 
     @property
+    def stage_names(self) -> list[str]:
+        """Names of the embedding and of each block, as in other backbones of transformers."""
+        return ["stem", *(f"stage{number}" for number in range(1, self.num_hidden_layers + 1))]
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: class token and registers."""
         return int(self.use_class_token) + self.num_register_tokens
@@ -196,14 +207,7 @@ class ViTSimpleConfig(PretrainedConfig):
         Raises:
             ValueError: says which field, what was expected and what was got.
         """
-
-        def expect(condition, field, expected):
-            if not condition:
-                raise ValueError(f"ViTSimpleConfig.{field}: expected {expected}, got {getattr(self, field)!r}")
-
-        def is_number(value):
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-
+        expect = self._expect
         for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
             expect(is_integer(getattr(self, field)), field, "a positive integer")
         expect(is_integer(self.num_register_tokens, minimum=0), "num_register_tokens", "0 or a positive integer")
@@ -225,8 +229,8 @@ class ViTSimpleConfig(PretrainedConfig):
             value = getattr(self, field)
             valid = value is None or (is_number(value) and 0 <= value < float("inf"))
             expect(valid, field, "None or a number of at least 0")
-        switches = ("qkv_bias", "use_class_token", "fc_norm", "no_embed_class", "pre_norm", "interpolate_antialias")
-        for field in switches:
+        switches = ("qkv_bias", "use_class_token", "fc_norm", "no_embed_class", "pre_norm")
+        for field in (*switches, "interpolate_antialias", "reshape_hidden_states"):
             expect(isinstance(getattr(self, field), bool), field, "True or False")
         choices = {
             "pooling": ("cls", "mean"),
@@ -251,6 +255,19 @@ class ViTSimpleConfig(PretrainedConfig):
         expect(self.mlp == "mlp" or self.hidden_act == "silu", "hidden_act", "'silu' when mlp='swiglu'")
         valid = self.problem_type != "single_label_classification" or self.num_labels > 1
         expect(valid, "num_labels", "at least 2 for problem_type='single_label_classification'")
+        self._check_backbone()
+
+    def _check_backbone(self):
+        stages, expect = self.stage_names, self._expect
+        for field, allowed in (("out_features", stages), ("out_indices", range(-len(stages), len(stages)))):
+            value = getattr(self, field)
+            valid = isinstance(value, (list, tuple)) and value and all(each in allowed for each in value)
+            expect(value is None or valid, field, f"None or a list of values in {allowed}")
+        expect(self.out_features is None or self.out_indices is None, "out_indices", "None when out_features is given")
+
+    def _expect(self, condition, field: str, expected: str):
+        if not condition:
+            raise ValueError(f"ViTSimpleConfig.{field}: expected {expected}, got {getattr(self, field)!r}")
 
 
 # The arguments of __init__ without self and kwargs.
@@ -270,6 +287,10 @@ def patch_grid(image_size, patch_size) -> tuple[int, int]:
 
 def is_integer(value, minimum: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def label_maps(names: Iterable[str]) -> dict[str, dict]:

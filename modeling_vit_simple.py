@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
@@ -322,6 +322,32 @@ class ViTSimpleForImageClassification(ViTSimpleModel):
         if labels.shape != expected:
             raise ValueError(f"labels: expected shape {expected}, got {tuple(labels.shape)}")
         return loss(logits.float(), labels)
+
+
+class ViTSimpleBackbone(ViTSimpleModel):
+    """The tokens after some blocks as feature maps, for AutoBackbone and the models of dense tasks that use it."""
+
+    def __init__(self, config: ViTSimpleConfig):
+        super().__init__(config)
+        self.out_features = list(config.out_features or [config.stage_names[i] for i in config.out_indices or [-1]])
+        self.out_indices = [config.stage_names.index(name) for name in self.out_features]
+        self.channels = [config.hidden_size] * len(self.out_features)
+
+    def forward(self, pixel_values: torch.Tensor, output_attentions=None, output_hidden_states=None) -> BackboneOutput:
+        """Computes `feature_maps`, normalized unless `fc_norm`, of images of any size; partial patches are cut off."""
+        config, patch, prefix = self.config, pair(self.config.patch_size), self.config.num_prefix_tokens
+        rows, columns = (side // p for side, p in zip(pixel_values.shape[-2:], patch))
+        output = self._encode(pixel_values[..., : rows * patch[0], : columns * patch[1]], True, output_attentions, True)
+        tokens = [self.norm(output.hidden_states[index]) for index in self.out_indices]  # (B, T, D)
+        maps = [x[:, prefix:].transpose(1, 2).unflatten(2, (rows, columns)) for x in tokens]  # (B, D, H/P, W/P)
+        if not config.reshape_hidden_states:  # (B, 1 + N, D), as in DPT; a mean stands in for a missing class token
+            first = slice(1) if config.use_class_token else slice(prefix, None)
+            maps = [torch.cat([x[:, first].mean(1, keepdim=True), x[:, prefix:]], dim=1) for x in tokens]
+        hidden_states = output.hidden_states if output_hidden_states or config.output_hidden_states else None
+        return BackboneOutput(tuple(maps), hidden_states, output.attentions)
+
+    def forward_with_filtered_kwargs(self, pixel_values, output_attentions=None, output_hidden_states=None, **ignored):
+        return self(pixel_values, output_attentions, output_hidden_states)  # DPT and UperNet call this
 
 
 # Loading at another size

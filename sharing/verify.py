@@ -31,6 +31,7 @@ from ..files import (
 from . import network
 from .outgoing import RECIPE, environment_without_secrets
 
+AUTO_MAPS = (AUTO_MAP, {name: AUTO_MAP[name] for name in AUTO_MAP if name != "AutoBackbone"})  # now, and earlier
 REQUIRED = ("config.json", PREPROCESSOR, *CODE)
 OPTIONAL = (RECORD, RECIPE, "metrics.jsonl", "curves.png", "confusion.png", "predictions.png")
 PROCESS_SECONDS = 1800  # until a fresh process must have computed its outputs
@@ -80,7 +81,7 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
     if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
         raise UserError(f"FOLDER: {folder} has no {', '.join(missing)}; a checkpoint needs {', '.join(REQUIRED)}")
     content = read_config(folder)
-    if content.get("model_type") != ViTSimpleConfig.model_type or content.get("auto_map") != AUTO_MAP:
+    if content.get("model_type") != ViTSimpleConfig.model_type or content.get("auto_map") not in AUTO_MAPS:
         raise UserError(f"config.json: expected model_type vit_simple and the auto_map {AUTO_MAP}")
     check_config(content, folder / "config.json")
     config = open_config(folder, ViTSimpleConfig)

@@ -53,11 +53,17 @@ def tiny(**fields) -> ViTSimpleForImageClassification:
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="moments at which tests/training/test_resume.py kills a run")
-    older = "versions of transformers that tests/model/test_loading.py opens checkpoints with, beside the one installed"
+    older = "versions of transformers that tests/model opens checkpoints with, beside the one installed"
     parser.addoption("--older", default="4.57.6", help=older + "; 5.0.0 is supported, too")
     parser.addoption(
         "--pushes", type=int, default=10, help="pushes of tests/sharing/test_upload.py under random faults"
     )
+
+
+def pytest_generate_tests(metafunc):
+    """Runs a test with an argument `version` with the installed transformers (None), then with the older ones."""
+    if "version" in metafunc.fixturenames:
+        metafunc.parametrize("version", [None, *metafunc.config.getoption("--older").split(",")])
 
 
 def pytest_collection_modifyitems(items):

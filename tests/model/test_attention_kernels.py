@@ -70,11 +70,6 @@ def change_config(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-def pytest_generate_tests(metafunc):
-    if "version" in metafunc.fixturenames:
-        metafunc.parametrize("version", [None, *metafunc.config.getoption("--older").split(",")])
-
-
 def test_remote_code_refuses_kernels_of_the_file_and_takes_those_of_the_caller(folder, tmp_path, version):
     stub = tmp_path / "stub"
     (stub / "kernels-0.18.2.dist-info").mkdir(parents=True)

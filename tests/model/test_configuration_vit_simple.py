@@ -144,6 +144,7 @@ def test_saved_config_has_a_complete_and_local_auto_map(tmp_path):
         "AutoConfig": "configuration_vit_simple.ViTSimpleConfig",
         "AutoModel": "modeling_vit_simple.ViTSimpleModel",
         "AutoModelForImageClassification": "modeling_vit_simple.ViTSimpleForImageClassification",
+        "AutoBackbone": "modeling_vit_simple.ViTSimpleBackbone",
     }
     again = AutoConfig.from_pretrained(tmp_path)
     assert all(getattr(again, field) == getattr(config, field) for field in OWN_FIELDS)

@@ -104,11 +104,6 @@ def check(printed: str, folders: list, image) -> list[dict]:
     return results
 
 
-def pytest_generate_tests(metafunc):
-    if "version" in metafunc.fixturenames:
-        metafunc.parametrize("version", [None, *metafunc.config.getoption("--older").split(",")])
-
-
 def test_auto_classes_give_the_same_logits_without_the_package(tmp_path, folders, image, version):
     python = environment_without_package(tmp_path / "environment", version)
     printed = run_python(python, tmp_path / "work", OPEN + SAVE_AGAIN, image, "remote", *folders)
