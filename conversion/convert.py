@@ -52,6 +52,7 @@ class Checkpoint:
     processor: the content of preprocessor_config.json
     inherited: license and base model, for the model card
     report: one line for everything that was dropped or assumed
+    origin: library or repository, and name of the checkpoint
     """
 
     config: ViTSimpleConfig
@@ -59,6 +60,7 @@ class Checkpoint:
     processor: dict
     inherited: dict
     report: list[str]
+    origin: str = ""
 
 
 # Opening
@@ -133,7 +135,7 @@ def open_checkpoint(
     report: list[str] = []
     tensors, prefix = unwrap(load_tensors(files), key, report)
     check_storages(tensors, str(files[0] if len(files) == 1 else folder))
-    metadata = origin(source, folder, content, base_model)
+    metadata = read_metadata(source, folder, content, base_model)
     preprocessing = {name: value for name, value in preprocessing.items() if value is not None}
     is_clip = "norm_pre.weight" in tensors or str(model_type).startswith("clip")
     make_processor = choose_processor(folder, content, family, preprocessing, is_clip, metadata, report)
@@ -146,26 +148,35 @@ def open_checkpoint(
     elif missing:
         raise UserError("; ".join(missing))
     elif is_ours:
-        config = open_config(folder, ViTSimpleConfig)
+        library, config = "vit_simple", open_config(folder, ViTSimpleConfig)
         tensors = import_state_dict(tensors, {}, config)
     else:
+        library = "transformers"
         config, tensors = from_transformers(open_config(folder), tensors, report)
 
     processor = make_processor(pair(config.image_size))
     if not is_ours:
         config = with_image_size(config, processor_output(processor), report)
     processor = override_processor(fit_processor(processor, config, report), preprocessing)
-    return Checkpoint(config, tensors, processor, metadata, report)
+    return Checkpoint(config, tensors, processor, metadata, report, f"{library} {source_name(source, content)}")
 
 
-def origin(source: str, folder: Path | None, content: dict, base_model: str | None) -> dict:
+def read_metadata(source: str, folder: Path | None, content: dict, base_model: str | None) -> dict:
     """License and base model, as far as the files, the source's name and the user state them."""
     metadata = inherited(folder) if folder else {}
     if license := (content.get("pretrained_cfg") or {}).get("license"):
         metadata = {"license": license} | metadata
-    if not Path(source).exists():
-        metadata["base_model"] = source
+    if folder and not Path(source).exists():
+        metadata |= {"base_model": source, "base_model_revision": folder.name}  # of a snapshot: its commit
     return metadata | ({} if base_model is None else {"base_model": base_model})
+
+
+def source_name(source: str, content: dict) -> str:
+    """timm's name of a model, a Hub id, or the name of a file or folder."""
+    tag = (content.get("pretrained_cfg") or {}).get("tag")
+    if architecture := content.get("architecture"):
+        return f"{architecture}.{tag}" if tag else architecture
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def read_config(folder: Path) -> dict:

@@ -16,8 +16,8 @@ from vit_simple.conversion.state_dict import load_tensors
 from vit_simple.convert_checkpoint import convert, main
 from vit_simple.files import RunError, UserError
 from vit_simple.sharing.verify import check
+from vit_simple.training.base import load_base_model, open_base
 from vit_simple.training.config import TrainConfig
-from vit_simple.training.setup import load_model
 
 OPTIONS = {"family": "augreg", "num_attention_heads": 4}
 NO_WEIGHTS = [torch.int8, torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn]
@@ -53,6 +53,10 @@ def refusal(tmp_path, source, error=UserError, **options) -> str:
 
 
 @pytest.fixture
+def load_for_training(config: TrainConfig):
+    return load_base_model(open_base(config), config, channels=3)
+
+
 def checkpoint(tmp_path):
     """A converted checkpoint, and a function that changes its tensors."""
     torch.save(weights(), tmp_path / "whole.pth")
@@ -96,9 +100,9 @@ def test_bad_weight_is_refused_by_push_and_training_too(checkpoint, bad):
     file, rewrite = checkpoint
     check(file.parent)
     config = TrainConfig(model_name_or_path=str(file.parent))
-    assert load_model(config).num_parameters() > 0
+    assert load_for_training(config).num_parameters() > 0
     rewrite(lambda tensors: tensors | {"head.bias": bad})
-    for use in (lambda: check(file.parent), lambda: load_model(config)):
+    for use in (lambda: check(file.parent), lambda: load_for_training(config)):
         with pytest.raises(UserError, match=r"head\.bias has (the dtype int8|values that are not finite)"):
             use()
 
@@ -107,7 +111,7 @@ def test_truncated_weights_are_refused_by_training(checkpoint):
     file, _ = checkpoint
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"--model_name_or_path: .* cannot be read"):
-        load_model(TrainConfig(model_name_or_path=str(file.parent)))
+        load_for_training(TrainConfig(model_name_or_path=str(file.parent)))
 
 
 @pytest.mark.parametrize(
