@@ -75,6 +75,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("version", [None, *metafunc.config.getoption("--older").split(",")])
 
 
+@pytest.mark.slow
 def test_remote_code_refuses_kernels_of_the_file_and_takes_those_of_the_caller(folder, tmp_path, version):
     stub = tmp_path / "stub"
     (stub / "kernels-0.18.2.dist-info").mkdir(parents=True)
