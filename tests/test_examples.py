@@ -65,7 +65,8 @@ def test_linear_probe_trains_the_head_alone_without_the_package(run_folder, pari
     correct, count = map(int, re.search(r"(\d+) of (\d+) test images correct", said).groups())
     folder = tmp_path / "outputs/probe"
     model, processor = load(folder)
-    assert model.config.id2label == NAMES["id2label"] and correct / count > 0.65
+    assert model.config.id2label == NAMES["id2label"]
+    assert correct / count > 0.65  # ten seeds: 0.78 to 0.85
     assert accuracy(model, processor, parity) == pytest.approx(correct / count, abs=1 / count)
     before, after = load_file(run_folder / "model.safetensors"), load_file(folder / "model.safetensors")
     assert {name for name in after if not torch.equal(after[name], before[name])} == {"head.weight", "head.bias"}
@@ -74,7 +75,7 @@ def test_linear_probe_trains_the_head_alone_without_the_package(run_folder, pari
 def test_lora_adapter_loads_and_merges_without_the_package(run_folder, parity, elsewhere, tmp_path):
     run(elsewhere, "fine_tune_lora", tmp_path, "--model", run_folder, "--dataset", parity, "--epochs", "4")
     merged, processor = load(tmp_path / "outputs/lora")
-    assert accuracy(merged, processor, parity) > 0.65
+    assert accuracy(merged, processor, parity) > 0.65  # ten seeds: 0.89 to 0.92
     base = AutoModelForImageClassification.from_pretrained(run_folder, **NAMES)
     adapted = PeftModel.from_pretrained(base, tmp_path / "outputs/lora/adapter")
     pixel_values = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -86,7 +87,8 @@ def test_trainer_example_saves_a_checkpoint_that_loads_in_one_line(run_folder, p
     options = ["--model", run_folder, "--dataset", parity, "--epochs", "12"]
     run(sys.executable, "fine_tune_trainer", tmp_path, *options)
     model, processor = load(tmp_path / "outputs/fine-tuned")
-    assert model.config.id2label == NAMES["id2label"] and accuracy(model, processor, parity) > 0.65
+    assert model.config.id2label == NAMES["id2label"]
+    assert accuracy(model, processor, parity) > 0.65  # ten seeds: 0.73 to 0.83
     assert (tmp_path / "outputs/fine-tuned/modeling_vit_simple.py").exists()
 
 

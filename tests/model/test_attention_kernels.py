@@ -70,6 +70,7 @@ def change_config(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+@pytest.mark.slow
 def test_remote_code_refuses_kernels_of_the_file_and_takes_those_of_the_caller(folder, tmp_path, version):
     stub = tmp_path / "stub"
     (stub / "kernels-0.18.2.dist-info").mkdir(parents=True)

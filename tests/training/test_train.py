@@ -54,7 +54,8 @@ def test_run_folder_is_complete(run_folder):
     for plot in ("curves.png", "confusion.png", "predictions.png"):
         assert len(Image.open(run_folder / plot).convert("RGB").getcolors(10**6)) > 20
     assert train[-1]["step"] == 40 and train[-1]["epoch"] == 1 and train[0]["images_per_second"] > 0
-    assert train[-1]["loss"] < train[0]["loss"] and train[-1]["lr"] < train[0]["lr"]
+    assert train[-1]["loss"] < train[0]["loss"]  # ten seeds: by 0.09 or more
+    assert train[-1]["lr"] < train[0]["lr"]
 
 
 def test_pipeline_accuracy_equals_test_metrics(run_folder):
@@ -123,7 +124,7 @@ def test_image_folder_trains_with_a_variant(tmp_path):
         ]
     )
     rows = read_metrics(tmp_path / "run")
-    assert rows[-1]["split"] == "validation" and rows[-1]["top1"] == 1.0
+    assert rows[-1]["split"] == "validation" and rows[-1]["top1"] == 1.0  # ten seeds: a loss of at most 0.011
     answer = pipeline("image-classification", model=str(tmp_path / "run"))(Image.new("RGB", (9, 9), (200, 200, 200)))
     assert answer[0]["label"] == "light"
 
@@ -242,21 +243,22 @@ def test_card_without_test_split_describes_the_saved_weights(tmp_path, monkeypat
     digits = load_dataset(str(ROOT / "data/digits"), split="train")
     digits.to_parquet(tmp_path / "data/train.parquet")
     options = ["--ema_decay", "0.9999", "--output_dir", str(tmp_path / "run"), "--dataset_name", str(tmp_path / "data")]
-    main([str(ROOT / "recipes/digits.yaml"), *SHORT, "--num_train_epochs", "4", *options])
+    main([str(ROOT / "recipes/digits.yaml"), *SHORT, "--num_train_epochs", "8", *options])
     last = [row for row in read_metrics(tmp_path / "run") if row["split"] == "validation"][-3:]
     assert last[0]["weights"] == last[2]["weights"] == "raw" and last[0]["correct"] == last[2]["correct"]
-    assert last[1]["correct"] < last[2]["correct"]
+    assert last[1]["correct"] < last[2]["correct"]  # ten seeds: 12 to 22 and 55 to 111 of 143
     assert f"({last[2]['correct']} correct)" in (tmp_path / "run/README.md").read_text()
 
 
 @pytest.mark.parametrize("best", ["raw", "ema"])
-def test_better_of_raw_and_averaged_weights_is_saved(tmp_path, capsys, best):
-    """A slow average is worse than the last weights; an average without decay is equal to them."""
-    decay = {"raw": "0.9999", "ema": "0"}[best]
-    main([*SHORT, "--num_train_epochs", "4", "--ema_decay", decay, "--output_dir", str(tmp_path / "run")])
+def test_better_of_raw_and_averaged_weights_is_saved(tmp_path, monkeypatch, capsys, best):
+    """The initial weights are worse than the last ones; an average without decay is equal to the last ones."""
+    if best == "raw":
+        monkeypatch.setattr("vit_simple.training.optim.EMA.update", lambda *_: None)  # the average stays where it began
+    main([*SHORT, "--num_train_epochs", "8", "--ema_decay", "0", "--output_dir", str(tmp_path / "run")])
     rows = [row for row in read_metrics(tmp_path / "run") if row["split"] != "train"]
-    last = {row["weights"]: row["correct"] for row in rows if row["split"] == "validation" and row["step"] == 20}
-    assert (last["raw"] > last["ema"]) == (best == "raw")
+    last = {row["weights"]: row["correct"] for row in rows if row["split"] == "validation" and row["step"] == 40}
+    assert (last["raw"] > last["ema"]) == (best == "raw")  # ten seeds: 55 to 111 and 12 to 22 of 143
     assert rows[-1]["split"] == "test" and rows[-1]["weights"] == best
     capsys.readouterr()
     main(["--eval_only", "--model_name_or_path", str(tmp_path / "run")])
@@ -278,7 +280,7 @@ def test_bfloat16_training_is_evaluated_in_float32(tmp_path, monkeypatch, capsys
     """Otherwise the pipeline would not reproduce the accuracy of the run."""
     exact = losses_of(tmp_path / "float32", *UNCHANGED)
     losses = losses_of(tmp_path / "run", *UNCHANGED, "--mixed_precision", "bf16")
-    assert losses == pytest.approx(exact, abs=0.05) and losses != exact
+    assert losses == pytest.approx(exact, abs=0.05) and losses != exact  # ten seeds: 0.00006 to 0.0007
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` sets it
     assert losses_of(tmp_path / "launched", *UNCHANGED) == losses
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
@@ -306,7 +308,7 @@ def test_launcher_precision_is_checked(monkeypatch):
 
 def test_fine_tuning_keeps_the_image_processor(run_folder, tmp_path):
     options = ["--model_name_or_path", str(run_folder), "--freeze_backbone", "--learning_rate", "0.03"]
-    main([*SHORT, *options, "--num_train_epochs", "6", "--layer_decay", "0.75", "--output_dir", str(tmp_path / "run")])
+    main([*SHORT, *options, "--num_train_epochs", "12", "--layer_decay", "0.75", "--output_dir", str(tmp_path / "run")])
     folders = (run_folder, tmp_path / "run")
     before, after = (AutoModelForImageClassification.from_pretrained(folder) for folder in folders)
     changed = {
@@ -316,7 +318,7 @@ def test_fine_tuning_keeps_the_image_processor(run_folder, tmp_path):
     processors = [json.loads((folder / "preprocessor_config.json").read_text()) for folder in folders]
     assert processors[0] == processors[1]
     losses = [[row["loss"] for row in read_metrics(folder) if row["split"] == "validation"] for folder in folders]
-    assert losses[1] < losses[0]
+    assert losses[1] < losses[0]  # ten seeds: by 0.20 to 0.61
 
 
 def test_train_val_split_0_uses_all_training_images(tmp_path, capsys):
