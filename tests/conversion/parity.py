@@ -264,12 +264,16 @@ def main():
     print("| family | source |" + "".join(f" {height}x{width} |" for height, width in AT))
     print("|---|---|" + "---|" * len(AT))
     for family, source, found in rows():
-        cells = [found.strip("()")] + [""] * (len(AT) - 1) if isinstance(found, str) else [f"{d:.0e}" for d in found]
+        cells = (
+            [found.strip("()")] + [""] * (len(AT) - 1)
+            if isinstance(found, str)
+            else [f"{each:.0e}" if each else "0" for each in found]
+        )
         print(f"| {family} | {source} | " + " | ".join(cells) + " |")
     if folder is not None:
         print(f"\n| {folder.name}, real weights | largest difference |\n|---|---|")
         for size, found in real_rows(folder):
-            print(f"| {size} | {found:.0e} |", flush=True)
+            print(f"| {size} | {found:.0e} |" if found else f"| {size} | 0 |", flush=True)
 
 
 if __name__ == "__main__":

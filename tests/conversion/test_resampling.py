@@ -73,8 +73,6 @@ def test_original_file_of_dinov2_is_opened_with_registers_chunks_and_gate(tmp_pa
     position = torch.randn(1, 1, 32)
     tensors["cls_token"] = tensors["cls_token"] - position
     tensors["pos_embed"] = torch.cat([position, tensors["pos_embed"]], 1)
-    names = {"reg_token": "register_tokens", "mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3", "blocks.2": "blocks.1.2"}
-    names |= {"blocks.0": "blocks.0.0", "blocks.1.n": "blocks.0.1.n"}
     original = {}
     for name, tensor in tensors.items():
         block = name.split(".")[1] if name.startswith("blocks.") else ""
