@@ -212,12 +212,8 @@ class ViTSimpleConfig(PretrainedConfig):
         complete_labels(None, self.id2label, self.label2id)
         expect(set(self.id2label) == set(range(self.num_labels)), "id2label", "integers as keys")
         for field in ("image_size", "patch_size", "pretrain_image_size"):
-            value = getattr(self, field)
-            is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_integer, value))
-            is_absent = value is None and field == "pretrain_image_size"
-            expect(
-                is_integer(value) or is_pair or is_absent, field, "a positive integer or a (height, width) pair of them"
-            )
+            valid = is_size(getattr(self, field)) or (field == "pretrain_image_size" and getattr(self, field) is None)
+            expect(valid, field, "a positive integer or a (height, width) pair of them")
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "interpolate_offset"):
             value = getattr(self, field)
             expect(is_number(value) and 0 <= value < 1, field, "a number in [0, 1)")
@@ -278,6 +274,10 @@ def label_maps(names: Iterable[str]) -> dict[str, dict]:
     """The config fields `id2label` and `label2id` for class names in the order of the logits."""
     id2label = dict(enumerate(names))
     return {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+
+
+def is_size(value) -> bool:
+    return is_integer(value) or (isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_integer, value)))
 
 
 def complete_labels(num_labels=None, id2label=None, label2id=None) -> dict:
