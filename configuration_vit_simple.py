@@ -46,6 +46,7 @@ OTHER_NAMES = {
     "pretrain_img_size": "pretrain_image_size",
 }
 
+SWITCHES = ("qkv_bias", "use_class_token", "fc_norm", "no_embed_class", "pre_norm", "interpolate_antialias")
 LABEL_FIELDS = ("num_labels", "id2label", "label2id")
 
 # The names under which a config.json can choose how attention is computed.
@@ -215,9 +216,7 @@ class ViTSimpleConfig(PretrainedConfig):
         complete_labels(None, self.id2label, self.label2id)
         expect(set(self.id2label) == set(range(self.num_labels)), "id2label", "integers as keys")
         for field in ("image_size", "patch_size", "pretrain_image_size"):
-            value = getattr(self, field)
-            is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_integer, value))
-            valid = is_integer(value) or is_pair or (value is None and field == "pretrain_image_size")
+            valid = is_size(getattr(self, field)) or (field == "pretrain_image_size" and getattr(self, field) is None)
             expect(valid, field, "a positive integer or a (height, width) pair of them")
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "interpolate_offset"):
             value = getattr(self, field)
@@ -229,8 +228,7 @@ class ViTSimpleConfig(PretrainedConfig):
             value = getattr(self, field)
             valid = value is None or (is_number(value) and 0 <= value < float("inf"))
             expect(valid, field, "None or a number of at least 0")
-        switches = ("qkv_bias", "use_class_token", "fc_norm", "no_embed_class", "pre_norm")
-        for field in (*switches, "interpolate_antialias", "reshape_hidden_states"):
+        for field in (*SWITCHES, "reshape_hidden_states"):
             expect(isinstance(getattr(self, field), bool), field, "True or False")
         choices = {
             "pooling": ("cls", "mean"),
@@ -299,6 +297,10 @@ def label_maps(names: Iterable[str]) -> dict[str, dict]:
     return {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
 
 
+def is_size(value) -> bool:
+    return is_integer(value) or (isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_integer, value)))
+
+
 def complete_labels(num_labels=None, id2label=None, label2id=None) -> dict:
     """The label fields of a config, both maps if one of them is given, in the order of the logits.
 
@@ -316,6 +318,8 @@ def complete_labels(num_labels=None, id2label=None, label2id=None) -> dict:
         wanted = "expected dictionaries of numbers and names"
         raise ValueError(f"ViTSimpleConfig.id2label and label2id: {wanted}, got {id2label} and {label2id}") from error
     names = names or {index: name for name, index in indices.items()}
+    if id2label is None and len(names) < len(indices):
+        raise ValueError(f"ViTSimpleConfig.label2id: expected one name for each number, got {label2id}")
     if sorted(names) != list(range(len(names))) or not names:
         wanted = "expected the classes to be numbered from 0 without gaps"
         raise ValueError(f"ViTSimpleConfig.id2label: {wanted}, got {sorted(names)}")

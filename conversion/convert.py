@@ -29,7 +29,7 @@ from .processors import (
     processor_output,
     processor_to_timm,
 )
-from .resampling import source_of_timm_keys, with_image_size
+from .resampling import joined, source_of_timm_keys, with_image_size
 from .state_dict import Tensors, check_storages, import_state_dict, join_names, load_tensors
 from .timm import CONFIG_FIELDS, from_timm, to_timm
 from .transformers import check_type, from_transformers, to_transformers
@@ -38,9 +38,8 @@ from .unwrap import unwrap
 DESCRIPTION = ("config.json", PREPROCESSOR, "processor_config.json", "README.md")
 PICKLES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
 NO_PROCESSOR = (
-    "the checkpoint has no image processor: give --family, one of " + ", ".join(FAMILIES) + "; or --image_mean and "
-    "--image_std, with --interpolation and --crop_pct; or save that of its base model beside the weights, with "
-    "AutoImageProcessor.from_pretrained(BASE_MODEL).save_pretrained(SOURCE)"
+    "the checkpoint has no image processor: give --base_model, to take the image processor of that model; "
+    f"or --family, one of {', '.join(FAMILIES)}; or --image_mean and --image_std"
 )
 WEIGHTS = (*SAFETENSORS, "*.safetensors", *PICKLES, "*.bin", "*.pth")  # the first pattern that matches is used
 
@@ -224,8 +223,10 @@ def choose_processor(
     if stored := stored_processor(folder, metadata.get("base_model"), report):
         return lambda _: stored
     if {"image_mean", "image_std"} <= preprocessing.keys():
-        report.append("assumed timm's defaults for preprocessing that is not given: bicubic, crop_pct 0.875")
-        cfg = {"mean": preprocessing["image_mean"], "std": preprocessing["image_std"]}
+        defaults = {"interpolation": "bicubic", "crop_pct": 0.875}
+        if assumed := {name: value for name, value in defaults.items() if name not in preprocessing}:
+            report.append(f"assumed {joined(assumed)}, the default of timm")
+        cfg = {"mean": preprocessing["image_mean"], "std": preprocessing["image_std"], **defaults}
         return partial(processor_from_timm, cfg, report=report)
     if family := FAMILY_OF_TYPE.get(content.get("model_type"), "clip" if is_clip else None):
         report.append(f"assumed the image processor of {family}, because the checkpoint has none")

@@ -5,7 +5,8 @@ import errno
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import safetensors
@@ -18,7 +19,7 @@ from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleMode
 Tensors = dict[str, torch.Tensor]
 KeyMap = dict[str, str | list[str]]  # our key -> theirs, see `their_keys`
 
-MAX_DICTIONARIES = 100_000  # in one file; dictionaries may contain each other
+MAX_ENTRIES, MAX_DEPTH = 100_000, 4  # tensors in a file of any training, and dictionaries inside of dictionaries
 
 DROPPED = {  # tensors that only pre-training needs: a pattern of their keys, and what they are
     r"pooler\.|pre_logits\.": "the tanh layer between backbone and head",
@@ -203,20 +204,21 @@ def load_pickle(file: Path) -> Tensors:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it contains {code[1]}, which is not loaded" if code else "it is damaged or not a checkpoint"
         raise UserError(f"{file}: expected a file of tensors: {reason}") from error
-    tensors: Tensors = {}
-    dictionaries = [("", loaded)]
-    for _ in range(MAX_DICTIONARIES):
-        if not dictionaries:
-            break
-        prefix, content = dictionaries.pop()
-        for key, value in content.items() if isinstance(content, Mapping) else ():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{prefix}{key}"] = value
-            elif isinstance(value, Mapping):
-                dictionaries.append((f"{prefix}{key}.", value))
-    if dictionaries or not tensors:
-        raise UserError(f"{file}: expected names and tensors, got {type(loaded).__name__} without them")
+    tensors: Tensors = dict(islice(flatten(loaded), MAX_ENTRIES + 1))
+    if not 0 < len(tensors) <= MAX_ENTRIES:
+        raise UserError(
+            f"{file}: expected names and tensors, got {type(loaded).__name__} with {len(tensors):,} of them"
+        )
     return tensors
+
+
+def flatten(content: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested dictionaries, under their keys joined by dots."""
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{key}", value
+        elif depth < MAX_DEPTH:  # a dictionary may contain itself
+            yield from flatten(value, f"{prefix}{key}.", depth + 1)
 
 
 def check_storages(tensors: Tensors, source: str):

@@ -221,13 +221,13 @@ def test_weight_files_that_are_damaged_or_hold_more_than_tensors_are_refused(tmp
     (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-100])
     torch.save({"model": tiny().state_dict(), "args": random}, tmp_path / "code.pth")
     torch.save({"model": tiny().state_dict(), "epoch": 3}, tmp_path / "wrapped.pth")
-    torch.save({"cls_token": torch.ones(1), "epoch": 3}, tmp_path / "mixed.pth")
+    torch.save([torch.ones(1)], tmp_path / "list.pth")
     (tmp_path / "text.bin").write_text("not a checkpoint")
     (tmp_path / "twice").mkdir()
     for number in (1, 2):
         shutil.copy(whole, tmp_path / f"twice/model-0000{number}-of-00002.safetensors")
     assert "a second time" in refusal(tmp_path, tmp_path / "twice", family="augreg")
-    for name in ("cut.safetensors", "code.pth", "mixed.pth", "text.bin"):
+    for name in ("cut.safetensors", "code.pth", "list.pth", "text.bin"):
         assert name in refusal(tmp_path, tmp_path / name, family="augreg")
     convert(tmp_path / "wrapped.pth", tmp_path / "out", family="augreg", num_attention_heads=4)
     assert open_folder(tmp_path / "out").config.num_labels == 5
@@ -318,8 +318,10 @@ def test_original_deit3_file_is_converted_without_a_config(tmp_path):
     names = {name: re.sub(r"ls(\d)\.gamma", r"gamma_\1", name) for name in model.state_dict()}
     torch.save({"model": {names[name]: tensor for name, tensor in model.state_dict().items()}}, tmp_path / "deit3.pth")
     report = convert(tmp_path / "deit3.pth", tmp_path / "out", family="deit3")
-    assert report[:2] == [
+    assert report[1:4] == [
         "assumed images of (16, 16) pixels and pooling 'cls', because there is no config.json",
+        "positions are resampled for other image sizes as in facebookresearch/deit: interpolate_antialias=False, "
+        "interpolate_offset=0.0",
         "assumed 3 attention heads, as in published ViTs of width 192",
     ]
     assert_alike(outputs(open_folder(tmp_path / "out"), IMAGES[16]), outputs(model, IMAGES[16]))
@@ -427,14 +429,18 @@ def test_shards_in_half_precision_keep_their_dtype_license_and_base_model(shards
     assert (card.data.license, card.data.base_model) == ("cc-by-nc-4.0", "a/b")
 
 
-def test_old_image_processor_is_converted_to_the_size_of_the_model(shards, tmp_path):
+def test_old_image_processor_is_converted_with_its_size(shards, tmp_path):
     report = convert(shards, tmp_path / "out")
-    assert report == ["changed the image processor from (32, 32) to (16, 16) pixels, the model's input size"]
+    assert report == [
+        "images have (32, 32) pixels, as the image processor makes them; positions stay stored for (16, 16) pixels and "
+        "are resampled when the model runs"
+    ]
     written = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
     assert written["image_mean"] == [0.1, 0.2, 0.3] and written["do_convert_rgb"] is True
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     pixels = processor(PIL.Image.new("L", (30, 40)), return_tensors="pt").pixel_values
-    assert pixels.shape == (1, 3, 16, 16)
+    assert pixels.shape == (1, 3, 32, 32)
+    assert open_folder(tmp_path / "out").config.image_size == 32
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
@@ -472,7 +478,7 @@ def test_converted_card_states_origin_and_report(peer, tmp_path):
             "transformers",
             "from transformers import ViTForImageClassification\n\n"
             'model = ViTForImageClassification.from_pretrained("your-name/exported")',
-            {},
+            {"interpolate_antialias": False},
             [],
         ),
     ],

@@ -239,7 +239,7 @@ def test_every_error_of_the_unpickler_names_the_file(tmp_path, monkeypatch, erro
 
     (tmp_path / "a.pth").write_bytes(b"anything")
     monkeypatch.setattr(torch, "load", load)
-    assert "a.pth: expected a file with nothing but tensors: it is damaged" in refusal(tmp_path, tmp_path / "a.pth")
+    assert "a.pth: expected a file of tensors: it is damaged" in refusal(tmp_path, tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError("too large")])

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig
 
 from tests.conftest import EVERY_SWITCH, TINY, tiny
 from vit_simple import ViTSimpleConfig, ViTSimpleForImageClassification, ViTSimpleModel
@@ -75,6 +75,10 @@ WRONG = [
     ("pooling", ["cls"], "one of ('cls', 'mean')"),
     ("position_embedding", "rope", "one of ('learned', 'sincos2d')"),
     ("problem_type", "multi_label", "one of (None, 'regression', 'single_label_classification', "),
+    ("interpolate_antialias", None, "True or False"),
+    ("interpolate_offset", 1, "a number in [0, 1)"),
+    ("pretrain_image_size", 18, "a multiple of patch_size=4"),
+    ("pretrain_image_size", "16", "a positive integer or a (height, width) pair"),
     ("num_labels", 0, "a positive integer"),
     ("num_labels", "5", "a positive integer"),
     ("num_labels", 2.5, "a positive integer"),
@@ -157,3 +161,65 @@ def test_label_maps_of_a_config_complete_each_other():
     for name in maps:
         config = ViTSimpleConfig(**{name: maps[name]})
         assert (config.id2label, config.label2id, config.num_labels) == (*maps.values(), 2)
+
+
+LABELS = {"id2label": {0: "yes", 1: "no"}, "label2id": {"yes": 0, "no": 1}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"id2label": {"0": "yes", "1": "no"}},
+        {"id2label": {"1": "no", "0": "yes"}, "label2id": {"yes": "0", "no": "1"}},
+        {"label2id": {"no": "1", "yes": "0"}},
+        {"label2id": {"yes": 0, "no": 1}, "num_labels": 2},
+    ],
+)
+def test_label_maps_and_head_agree_whichever_is_given(tmp_path, given):
+    tiny().save_pretrained(tmp_path)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path, **given)
+    for config in (ViTSimpleConfig(**given), model.config):
+        assert list(config.id2label.items()) == list(LABELS["id2label"].items())
+        assert (config.label2id, config.num_labels) == (LABELS["label2id"], 2)
+    assert model.head.out_features == 2
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"id2label": {1: "a", 2: "b"}}, r"id2label: expected the classes to be numbered from 0 without gaps, got \[1"),
+        ({"label2id": {"a": 0, "b": 2}}, "id2label: expected the classes to be numbered from 0 without gaps"),
+        ({"label2id": {"a": 0, "b": 0}}, "label2id: expected one name for each number"),
+        ({"id2label": {"zero": "a"}}, "id2label and label2id: expected dictionaries of numbers and names"),
+        ({"id2label": ["a", "b"]}, "id2label and label2id: expected dictionaries of numbers and names"),
+        ({**LABELS, "num_labels": 5}, "num_labels: expected 2, as in id2label, got 5"),
+        ({**LABELS, "label2id": {"yes": 1, "no": 0}}, "label2id: expected {'yes': 0, 'no': 1}, as in id2label"),
+        ({**LABELS, "label2id": {"yes": 0}}, "label2id: expected {'yes': 0, 'no': 1}, as in id2label"),
+    ],
+)
+def test_labels_that_contradict_each_other_are_refused(tmp_path, given, message):
+    tiny().save_pretrained(tmp_path)
+    for use in (ViTSimpleConfig, lambda **fields: AutoModelForImageClassification.from_pretrained(tmp_path, **fields)):
+        with pytest.raises(ValueError, match=f"ViTSimpleConfig.{message}"):
+            use(**given)
+
+
+@pytest.mark.parametrize("labels", [{"0": "yes", "1": "no"}, {0: "yes", 2: "no"}, {0: "other", 1: "names"}])
+def test_labels_that_are_set_later_are_checked_when_a_model_is_built(labels):
+    config = ViTSimpleConfig(**TINY | {"num_labels": 2}, label2id=LABELS["label2id"])
+    config.id2label = labels
+    with pytest.raises(ValueError, match=r"ViTSimpleConfig\.(id2label|label2id): expected"):
+        ViTSimpleForImageClassification(config)
+
+
+def test_two_classes_may_have_one_name():
+    config = ViTSimpleConfig(id2label={0: "crane", 1: "crane"}, label2id={"crane": 0})
+    assert (config.num_labels, config.label2id) == (2, {"crane": 0})
+
+
+def test_stored_names_win_over_a_stale_map_in_the_same_file(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["id2label"] = {str(number): name for number, name in enumerate("abcde")}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert AutoConfig.from_pretrained(tmp_path).label2id == {name: number for number, name in enumerate("abcde")}

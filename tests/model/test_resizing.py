@@ -75,6 +75,17 @@ def test_resized_model_can_be_saved_and_loaded(saved, tmp_path):
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+def test_positions_of_another_size_are_resampled_once_for_the_size_that_is_asked_for(saved):
+    model, path = saved(image_size=24, pretrain_image_size=16, interpolate_antialias=False, interpolate_offset=0.1)
+    assert model.pos_embed.shape == (1, 17, 32)
+    same, larger = ViTSimpleModel.from_pretrained(path), ViTSimpleModel.from_pretrained(path, image_size=32)
+    assert torch.equal(same.pos_embed, model.pos_embed) and same.config.pretrain_image_size == 16
+    assert larger.pos_embed.shape == (1, 65, 32) and larger.config.pretrain_image_size is None
+    images = torch.randn(2, 3, 32, 32)
+    expected = same(images, interpolate_pos_encoding=True).last_hidden_state
+    assert torch.equal(larger(images).last_hidden_state, expected)
+
+
 def test_labels_of_the_same_number_keep_the_head(saved):
     model, path = saved()
     names = {number: f"class {number}" for number in range(5)}
