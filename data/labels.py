@@ -381,17 +381,18 @@ def label_notes(labels: Labels, feature, train: LabelCounts | None) -> list[str]
         train: the labels of the training rows, if they were read.
     """
     notes = []
+    kind = column_type(feature)
     if labels.kind == "number":
         few = train is not None and len(train.distinct) <= MAX_DISTINCT
-        values = f", {len(train.distinct)} different ones" if few else ""
+        values = f"{len(train.distinct)} different numbers" if few else "numbers"
         notes.append(
-            f"the labels in {labels.column!r} are read as numbers ({column_type(feature)}{values}): the model learns a "
-            f"{REGRESSION}; use --problem_type {SINGLE} if they are classes"
+            f"the labels in {labels.column!r} are {values} ({kind}), so the model learns a {REGRESSION}; if they are "
+            f"classes, use --problem_type {SINGLE}"
         )
-    elif labels.kind == "value" and feature.dtype.startswith(("int", "uint")):
+    elif labels.kind == "value" and kind.startswith(("int", "uint", "float")):
         notes.append(
-            f"the labels in {labels.column!r} are read as {len(labels.class_names)} classes ({column_type(feature)}); "
-            f"use --problem_type {REGRESSION} if they are numbers to predict"
+            f"the labels in {labels.column!r} are {len(labels.class_names)} different numbers ({kind}), each of them a "
+            f"class; if the model shall predict the number, use --problem_type {REGRESSION}"
         )
     if labels.kind != "number" and 0 in (labels.class_counts or []):
         absent = [name for name, count in zip(labels.class_names, labels.class_counts) if count == 0]

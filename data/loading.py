@@ -349,6 +349,11 @@ def check_rows(
             note_left_out(split, len(rows) - len(kept), len(rows), report)
             splits[split] = rows.select(kept)
     values = {split: rows[column.name][:] for split, rows in splits.items()}
+    if column.kind == "class" and set(values["train"]) == {None}:  # of images in one folder, `datasets` drops the label
+        raise UserError(
+            "--dataset_name: expected several classes in the split 'train', got images without labels or of only one "
+            "class, which cannot be learned; add images of another class"
+        )
     counts = {split: column.count(labels) for split, labels in values.items()}
     labels = check_splits(splits, column, counts, counts.get("test"))
     if "validation" not in splits and validation_fraction:

@@ -259,11 +259,11 @@ def processor_content(
     Raises:
         UserError: --crop_pct does not suit the images.
     """
+    if array_shape is not None and config.crop_pct is not None:
+        raise UserError("--crop_pct cannot be combined with arrays, which are neither resized nor cropped")
     if base is not None:
         return base_processor(base, image_size, config.crop_pct)
     height, width = image_size
-    if array_shape is not None and config.crop_pct is not None:
-        raise UserError("--crop_pct cannot be combined with arrays, which are neither resized nor cropped")
     if height != width and config.crop_pct is not None:
         raise UserError(f"--crop_pct needs a square image_size, got {image_size}")
     if array_shape is not None:
