@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import PIL.Image
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
@@ -78,10 +79,10 @@ def find_bit_depth(data: ImageData) -> int | None:
     for image in headers(data, BIT_DEPTH_ROWS):
         if is_deep(image):
             with contextlib.suppress(BadImage), raise_bad_image():
-                highest = max(highest or 0, image.getextrema()[1])
+                highest = max(highest or 0, int(np.asarray(image).max()))
     if highest is None:
         return None
-    return min(max(10, 2 * math.ceil(int(highest).bit_length() / 2)), 16)
+    return min(max(10, 2 * math.ceil(highest.bit_length() / 2)), 16)
 
 
 def column_values(table: pa.Table, column: str) -> list:

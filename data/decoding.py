@@ -82,7 +82,7 @@ def load_rgb(image: PIL.Image.Image, bit_depth: int = 16, changes: set[str] | No
         raise BadImage("expected integer pixels, got floating-point ones of unknown range")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             changes.add(TRANSPARENT)
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
