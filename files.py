@@ -143,6 +143,7 @@ RECORD_FIELDS = {
     "commit": str | None,
     "seconds": float | None,
     "remarks": list[str] | None,
+    "method": str | None,
     "base_model_relation": str | None,
     **{name: str | list[str] | None for name in INHERITED},
 }
