@@ -19,7 +19,7 @@ from vit_simple import ViTSimpleForImageClassification
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.data.loading import ImageData
 from vit_simple.files import PREPROCESSOR, UserError, command_errors, write_atomically
-from vit_simple.inference.features import cached_features, fit_logistic, knn_votes, require_classes
+from vit_simple.inference.features import cached_features, fit_logistic, images_with_class, knn_votes, require_classes
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.card_text import confidence_interval
 from vit_simple.sharing.record import record
@@ -127,7 +127,9 @@ def main(arguments: list[str] | None = None):
     model = build_model(config, data.labels, data.channels)
     splits, processor = build_splits(config, data, pair(model.config.image_size), accelerator)
     held_out = next(name for name in ("test", "validation") if name in splits)
-    train, (features, classes) = (cached_features(model, splits[name]) for name in ("train", held_out))
+    train, (features, classes) = (
+        images_with_class(*cached_features(model, splits[name])) for name in ("train", held_out)
+    )
     num_classes, (count, width) = len(data.labels.class_names), train[0].shape
     print(f"{count} train and {len(features)} {held_out} images: {width} features each")
     for k in (10, 20):

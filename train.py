@@ -13,12 +13,10 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -27,9 +25,10 @@ from vit_simple.configuration_vit_simple import pair
 from vit_simple.data.augment import Augment
 from vit_simple.data.dataloader import MapStyleSplit
 from vit_simple.data.fingerprint import fingerprint
-from vit_simple.data.labels import MULTI, REGRESSION, Labels
+from vit_simple.data.labels import Labels
 from vit_simple.data.streaming import StreamingSplit
 from vit_simple.files import command_errors, terminal_text, write_atomically
+from vit_simple.inference.features import are_fixed, train_on_features
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.record import record
 from vit_simple.sharing.run import BackgroundPush, check_hub, record_run, share
@@ -44,7 +43,7 @@ from vit_simple.training.optim import EMA, build_optimizers, schedule
 from vit_simple.training.plots import plot_run, predict_samples
 from vit_simple.training.report import optional, print_bad_images, print_results, print_saved, print_setup
 from vit_simple.training.setup import build_model, build_splits, denormalize_head, load_data
-from vit_simple.training.step import augmented_batches, can_capture, capture
+from vit_simple.training.step import augmented_batches, can_capture, can_train_on_features, capture, criterion
 
 
 @torch.no_grad()
@@ -66,17 +65,6 @@ def evaluate(
         metrics.update(logits.float(), targets)
     model.train()
     return metrics.compute(accelerator)
-
-
-def criterion(
-    labels: Labels, class_weights: torch.Tensor | None
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The mean loss of logits (B, K) and targets (B, K)."""
-    if labels.problem_type == MULTI:
-        return functools.partial(F.binary_cross_entropy_with_logits, pos_weight=class_weights)
-    if labels.problem_type == REGRESSION:
-        return F.mse_loss
-    return functools.partial(F.cross_entropy, weight=class_weights)
 
 
 def export(
@@ -111,6 +99,9 @@ def main(arguments: list[str] | None = None):
     processor = next(iter(splits.values())).decode.processor
     augment = Augment(processor, len(data.labels.class_names), **config.group("augmentation")).to(accelerator.device)
     print_setup(accelerator, splits, raw_model, config.dataset_name)
+    if can_train_on_features(config, accelerator) and are_fixed(raw_model, splits["train"]):
+        with accelerator.main_process_first():
+            augment = train_on_features(raw_model, splits, config.label_smoothing_factor).to(accelerator.device)
     use_bf16, on_gpu = mixed_precision_of(config) == "bf16", accelerator.device.type == "cuda"
     if config.torch_compile and on_gpu:
         augment.compile()

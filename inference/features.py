@@ -1,6 +1,6 @@
 """Features of images, computed once and kept on the disk, and two classifiers on them: k-NN and logistic regression.
 
-    features, classes = cached_features(model, split)
+    features, classes = images_with_class(*cached_features(model, split))
     head, strength = fit_logistic(features, classes, num_classes=10)
 
 `N` images, `D` width of the features, `K` classes.
@@ -25,6 +25,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, train_test_sp
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from .. import ViTSimpleForImageClassification, ViTSimpleModel, __version__
 from ..configuration_vit_simple import OWN_FIELDS
@@ -63,7 +64,7 @@ def without_crops(split: MapStyleSplit) -> MapStyleSplit:
 def extract_features(
     model: ViTSimpleForImageClassification, split: MapStyleSplit, rows: list[int] | None = None, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The input of the head for each image, float32 (N, D), and its class (N,), both on the CPU, without bad images.
+    """The input of the head for each image, float32 (N, D), and its target, both on the CPU.
 
     Args:
         rows: the rows to use; by default, all.
@@ -72,14 +73,13 @@ def extract_features(
     normalize = Augment(split.decode.processor, len(split.data.labels.class_names)).to(device).normalize
     rows = list(range(split.size)) if rows is None else rows
     keys = [(0, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    features, classes, was_training = [], [], model.training
+    features, labels, was_training = [], [], model.training
     model.eval().to(device)
     for pixels, targets in tqdm(split.batches(keys), f"features of {split.split}", len(keys), leave=False):
         features.append(ViTSimpleModel.forward(model, normalize(pixels)).pooler_output.float().cpu())
-        classes.append(targets.cpu())
+        labels.append(targets.cpu())
     model.train(was_training)
-    features, classes = torch.cat(features), torch.cat(classes)
-    return features[classes >= 0], classes[classes >= 0]
+    return torch.cat(features), torch.cat(labels)
 
 
 def cached_features(model: ViTSimpleForImageClassification, split: MapStyleSplit) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,18 +90,18 @@ def cached_features(model: ViTSimpleForImageClassification, split: MapStyleSplit
     file = CACHE / f"{key_of(model, split)}.safetensors"
     with contextlib.suppress(OSError, SafetensorError):
         stored = load_file(file)
-        return stored["features"], stored["classes"]
-    features, classes = extract_features(model, split)
+        return stored["features"], stored["targets"]
+    features, targets = extract_features(model, split)
     with contextlib.suppress(OSError, SafetensorError):  # they can be computed again
         CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
-        save_file({"features": features, "classes": classes}, unfinished)
+        save_file({"features": features, "targets": targets}, unfinished)
         unfinished.replace(file)
-    return features, classes
+    return features, targets
 
 
 def key_of(model: ViTSimpleForImageClassification, split: MapStyleSplit) -> str:
-    """A hash of everything that the features and the classes of a split depend on."""
+    """A hash of everything that the features and the targets of a split depend on."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if not name.startswith("head."):
@@ -109,9 +109,56 @@ def key_of(model: ViTSimpleForImageClassification, split: MapStyleSplit) -> str:
     data, rows = split.data, split.rows
     images = hash_images(rows, data.image_column, len(rows))
     config = {name: getattr(model.config, name) for name in OWN_FIELDS}
-    labels = [data.labels.class_names, rows[data.labels.column][:]]
+    labels = [data.labels.class_names, data.labels.mean, data.labels.std, rows[data.labels.column][:]]
     processor = split.decode.processor.to_dict()
-    return digest([__version__, config, weights.hexdigest(), processor, labels, images])
+    return digest([__version__, config, weights.hexdigest(), processor, split.split, labels, images])
+
+
+def images_with_class(features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features and the classes of the images that are not bad."""
+    return features[targets >= 0], targets[targets >= 0]
+
+
+# Training a head on features
+
+
+class FeatureAugment(Augment):
+    """Takes features (B, D) for images and leaves them as they are; it makes the targets."""
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels if pixels.ndim == 2 else super().normalize(pixels)
+
+    def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return pixels, self.targets(labels)
+
+
+def are_fixed(model: ViTSimpleForImageClassification, split: MapStyleSplit) -> bool:
+    """Whether an image has the same features each time: no random crop, no dropout."""
+    config = model.config
+    drops = (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.drop_path_rate)
+    return not split.decode.crop_min_area and not any(drops)
+
+
+def train_on_features(
+    model: ViTSimpleForImageClassification, splits: dict[str, MapStyleSplit], label_smoothing_factor: float
+) -> Augment:
+    """Replaces the images of all splits by their features, and lets the model take both; returns what augments them.
+
+    The backbone then runs once for each image, instead of once in each epoch.
+    """
+    labels = next(iter(splits.values())).data.labels
+    for split in splits.values():
+        features, targets = cached_features(model, split)
+        padding = labels.ignored_targets(1)
+        split.cached = tuple(split.to_device(features, torch.cat([targets, padding])))
+    whole = model.forward
+
+    def forward(x: torch.Tensor, **options) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=model.head(x)) if x.ndim == 2 else whole(x, **options)
+
+    model.forward = forward
+    processor = next(iter(splits.values())).decode.processor
+    return FeatureAugment(processor, len(labels.class_names), label_smoothing_factor=label_smoothing_factor)
 
 
 # Classifiers

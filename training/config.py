@@ -223,6 +223,12 @@ class TrainConfig:
         """The options of a group by name."""
         return {name: getattr(self, name) for name, item in OPTIONS.items() if item.metadata["group"] == title}
 
+    @property
+    def has_fixed_images(self) -> bool:
+        """Whether no option of the group "augmentation" changes an image."""
+        harmless = ("label_smoothing_factor", "randaugment_magnitude")
+        return not any(value for name, value in self.group("augmentation").items() if name not in harmless)
+
 
 OPTIONS = {option.name: option for option in fields(TrainConfig)}
 

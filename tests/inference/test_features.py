@@ -2,12 +2,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
-from tests.conftest import data_of, images_of, photographs, processor, tiny
+from tests.conftest import DIGITS, data_of, images_of, photographs, processor, tiny
+from vit_simple import ViTSimpleModel, train
 from vit_simple.files import UserError
 from vit_simple.inference import features
 from vit_simple.inference.features import cached_features, extract_features, fit_logistic, knn_votes
+from vit_simple.training.plots import SAMPLES
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +85,20 @@ def test_strength_of_the_penalty_is_chosen_by_cross_validation():
     x = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
     noise = torch.arange(100) % 2
     assert 10 * fit_logistic(x, noise, 2)[1] < fit_logistic(x, (x[:, 0] > 0).long(), 2)[1]
+
+
+def test_frozen_backbone_runs_once_for_each_image_with_the_result_of_the_slow_way(run_folder, tmp_path, monkeypatch):
+    options = ["--dataset_name", DIGITS, "--model_name_or_path", str(run_folder), "--freeze_backbone", "true"]
+    options += ["--horizontal_flip", "0", "--num_train_epochs", "3", "--learning_rate", "0.1"]
+    options += ["--max_train_samples", "256", "--max_eval_samples", "100"]
+    seen = []
+    encode = ViTSimpleModel._encode
+    monkeypatch.setattr(ViTSimpleModel, "_encode", lambda *given: seen.append(len(given[1])) or encode(*given))
+    train.main([*options, "--output_dir", str(tmp_path / "fast")])
+    assert sum(seen) == 256 + 100 + 100 + SAMPLES  # and the images of predictions.png
+    monkeypatch.setattr(train, "can_train_on_features", lambda *_: False)
+    train.main([*options, "--output_dir", str(tmp_path / "slow")])
+    fast, slow = (load_file(tmp_path / name / "model.safetensors") for name in ("fast", "slow"))
+    assert max((fast[name] - slow[name]).abs().max().item() for name in slow) < 1e-3
+    before = load_file(run_folder / "model.safetensors")
+    assert {name for name in fast if not torch.equal(fast[name], before[name])} == {"head.weight", "head.bias"}
