@@ -1,6 +1,6 @@
 """Measures a checkpoint on your images without training it: computes features once, then k-NN and logistic regression.
 
-python probe.py outputs/vit-b16 --dataset_name path/to/images
+python probe.py google/vit-base-patch16-224 --dataset_name path/to/images
 python probe.py outputs/vit-b16 --dataset_name path/to/images --output_dir outputs/probe
 
 With --output_dir, the logistic regression becomes the head of a complete checkpoint, which loads in one line.
@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from vit_simple import ViTSimpleForImageClassification
 from vit_simple.configuration_vit_simple import pair
+from vit_simple.conversion.convert import Checkpoint
 from vit_simple.data.loading import ImageData
 from vit_simple.files import PREPROCESSOR, UserError, command_errors, write_atomically
 from vit_simple.inference.features import cached_features, fit_logistic, images_with_class, knn_votes, require_classes
@@ -24,17 +25,19 @@ from vit_simple.sharing.card import build_card
 from vit_simple.sharing.card_text import confidence_interval
 from vit_simple.sharing.record import record
 from vit_simple.sharing.run import record_run
+from vit_simple.training.base import open_base
 from vit_simple.training.checkpoint import log_metrics, save_result
 from vit_simple.training.config import OPTIONS, TrainConfig, convert, unknown
 from vit_simple.training.devices import build_accelerator
 from vit_simple.training.folder import check_output_dir
 from vit_simple.training.metrics import METRICS_OF, Evaluation
-from vit_simple.training.report import print_bad_images, print_saved
+from vit_simple.training.report import print_image_notes, print_saved
 from vit_simple.training.setup import build_model, build_splits, load_data
 
 OF_TRAINING = (  # options that mean the same as in train.py
     *("dataset_name", "dataset_config_name", "dataset_revision", "image_column_name", "label_column_name"),
-    *("max_train_samples", "max_eval_samples", "dataloader_num_workers", "on_bad_image", "seed", "license"),
+    *("max_train_samples", "max_eval_samples", "image_size", "conversion", "dataloader_num_workers", "on_bad_image"),
+    *("seed", "license"),
 )
 HELD_OUT = 0.2  # fraction of the training images to evaluate on, if there is no other split
 
@@ -42,7 +45,7 @@ HELD_OUT = 0.2  # fraction of the training images to evaluate on, if there is no
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("probe.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, file or Hub id, as in train.py")
     for name in OF_TRAINING:
         text = OPTIONS[name].metadata["help"].partition("; without it")[0].replace("%", "%%")
         parser.add_argument(
@@ -95,6 +98,7 @@ def save(
     config: TrainConfig,
     accelerator: Accelerator,
     data: ImageData,
+    base: Checkpoint,
     model: ViTSimpleForImageClassification,
     processor: dict,
     method: str,
@@ -105,7 +109,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     save_result(model, model.state_dict(), folder)
     write_atomically(folder / PREPROCESSOR, json.dumps(processor, indent=2) + "\n")
-    record_run(config, data, folder)
+    record_run(config, data, base, folder)
     record(folder, method=method)
     for split, result in results.items():
         log_metrics(accelerator, folder, 1, 0, split, weights="raw", **result.values)
@@ -123,9 +127,9 @@ def sentence(name: str, correct: int, count: int, split: str) -> str:
 def main(arguments: list[str] | None = None):
     config = parse(sys.argv[1:] if arguments is None else arguments)
     accelerator, start = build_accelerator(config), time.perf_counter()
-    data = load(config, accelerator)
-    model = build_model(config, data.labels, data.channels)
-    splits, processor = build_splits(config, data, pair(model.config.image_size), accelerator)
+    base, data = open_base(config), load(config, accelerator)
+    model = build_model(config, data.labels, data.channels, base)
+    splits, processor = build_splits(config, data, pair(model.config.image_size), accelerator, base)
     held_out = next(name for name in ("test", "validation") if name in splits)
     train, (features, classes) = (
         images_with_class(*cached_features(model, splits[name])) for name in ("train", held_out)
@@ -141,11 +145,11 @@ def main(arguments: list[str] | None = None):
     result = metrics.compute(accelerator)
     print(sentence("logistic regression", result.values["correct"], len(classes), held_out))
     print(f"C = {strength:g}, chosen by cross-validation; {time.perf_counter() - start:.0f} s")
-    print_bad_images(accelerator, splits)
+    print_image_notes(accelerator, splits)
     if config.output_dir is not None:
         model.head.load_state_dict(head.state_dict())
         method = f"logistic regression (C = {strength:g}) on the features of the frozen backbone"
-        save(config, accelerator, data, model, processor, method, {held_out: result})
+        save(config, accelerator, data, base, model, processor, method, {held_out: result})
 
 
 if __name__ == "__main__":

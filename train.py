@@ -32,7 +32,7 @@ from vit_simple.inference.features import are_fixed, train_on_features
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.record import record
 from vit_simple.sharing.run import BackgroundPush, check_hub, record_run, share
-from vit_simple.training.checkpoint import Checkpoints, log_metrics, resume_metrics, save_result
+from vit_simple.training.checkpoint import Checkpoints, count_changed_images, log_metrics, resume_metrics, save_result
 from vit_simple.training.config import TrainConfig, parse_config
 from vit_simple.training.devices import build_accelerator, mixed_precision_of, on_main_process
 from vit_simple.training.folder import check_output_dir, how_to_resume, mark_finished, open_folder, start_in
@@ -41,8 +41,8 @@ from vit_simple.training.meter import Meter
 from vit_simple.training.metrics import METRICS_OF, Evaluation, table
 from vit_simple.training.optim import EMA, build_optimizers, schedule
 from vit_simple.training.plots import plot_run, predict_samples
-from vit_simple.training.report import optional, print_bad_images, print_results, print_saved, print_setup
-from vit_simple.training.setup import build_model, build_splits, denormalize_head, load_data
+from vit_simple.training.report import optional, print_image_notes, print_results, print_saved, print_setup
+from vit_simple.training.setup import build_model, build_splits, denormalize_head, open_inputs
 from vit_simple.training.step import augmented_batches, can_capture, can_train_on_features, capture, criterion
 
 
@@ -91,14 +91,14 @@ def main(arguments: list[str] | None = None):
     config = parse_config(sys.argv[1:] if arguments is None else arguments, __doc__)
     check_output_dir(config)
     accelerator = build_accelerator(config)
-    data = load_data(config, accelerator)
+    config, data, base = open_inputs(config, accelerator)
     if config.push_to_hub:
-        check_hub(config)
-    raw_model = build_model(config, data.labels, data.channels)
-    splits, processor_content = build_splits(config, data, pair(raw_model.config.image_size), accelerator)
+        check_hub(config, base)
+    raw_model = build_model(config, data.labels, data.channels, base)
+    splits, processor_content = build_splits(config, data, pair(raw_model.config.image_size), accelerator, base)
     processor = next(iter(splits.values())).decode.processor
     augment = Augment(processor, len(data.labels.class_names), **config.group("augmentation")).to(accelerator.device)
-    print_setup(accelerator, splits, raw_model, config.dataset_name)
+    print_setup(accelerator, splits, raw_model, config.dataset_name, base)
     if can_train_on_features(config, accelerator) and are_fixed(raw_model, splits["train"]):
         with accelerator.main_process_first():
             augment = train_on_features(raw_model, splits, config.label_smoothing_factor).to(accelerator.device)
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None):
         model = accelerator.prepare(raw_model)
         results = {name: evaluate(model, split, *eval_options) for name, split in splits.items()}
         print_results(accelerator, "evaluation", results, data.labels.class_names)
-        print_bad_images(accelerator, splits)
+        print_image_notes(accelerator, splits)
         return accelerator.end_training()
     is_main, dataset = accelerator.is_main_process, (config.dataset_name, config.dataset_config_name)
     identity = on_main_process(accelerator, lambda: fingerprint(data, *dataset, config.dataset_revision))
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None):
     if is_main:
         start_in(folder, config)
         write_atomically(folder / "preprocessor_config.json", json.dumps(processor_content, indent=2) + "\n")
-        record_run(config, data, folder)
+        record_run(config, data, base, folder)
         if config.resume_from_checkpoint:
             resume_metrics(folder, first_step)
     log = functools.partial(log_metrics, accelerator, folder, steps_per_epoch)
@@ -234,9 +234,9 @@ def main(arguments: list[str] | None = None):
             if last_split == "test":
                 values["per_class"] = dict(zip(data.labels.class_names, result.per_class))
             log(total_steps, last_split, **values)
+        counts = count_changed_images(splits)
         if is_main:
-            if first_step == 0:
-                record(folder, seconds=round(time.perf_counter() - start, 1))
+            record(folder, seconds=None if first_step else round(time.perf_counter() - start, 1), changed_images=counts)
             write_card(config, folder)
             mark_finished(folder, total_steps)
         if last_split is not None:
@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None):
             accelerator.print("there is no test split with labels")
         if result is not None:
             print_results(accelerator, "end", {f"{last_split} {best}": result}, data.labels.class_names)
-    print_bad_images(accelerator, splits)
+    print_image_notes(accelerator, splits)
     print_saved(accelerator, folder)
     if config.push_to_hub and is_main:
         if message := background_push.wait():

@@ -41,6 +41,7 @@ class Checkpoint:
     processor: the content of preprocessor_config.json
     inherited: license and base model, for the model card
     report: one line for everything that was dropped or assumed
+    origin: library and name of the checkpoint
     """
 
     config: ViTSimpleConfig
@@ -48,6 +49,7 @@ class Checkpoint:
     processor: dict
     inherited: dict
     report: list[str]
+    origin: str = ""
 
 
 # Opening
@@ -106,12 +108,14 @@ def open_checkpoint(
     content = read_config(folder) if folder else {}
     metadata = inherited(folder) if folder else {}
     model_type, pretrained = content.get("model_type"), content.get("pretrained_cfg") or {}
+    origin = f"{'transformers' if model_type else 'timm'} {source_name(source, content)}"
     if model_type is not None and (num_attention_heads or hidden_act):
         raise UserError("--num_attention_heads and --hidden_act cannot be combined with a config.json that states both")
     if model_type is None:
         config, tensors = from_timm(content, tensors, report, num_attention_heads, hidden_act)
         metadata = ({"license": pretrained["license"]} if pretrained.get("license") else {}) | metadata
     elif model_type == ViTSimpleConfig.model_type:
+        origin = f"vit_simple {source_name(source, content)}"
         config = open_config(folder, ViTSimpleConfig)
         tensors = import_state_dict(tensors, {}, config)
     else:
@@ -122,11 +126,19 @@ def open_checkpoint(
         processor = processor_from_timm(pretrained, pair(config.image_size), report)
     else:
         processor = read_processor(folder, family, model_type, config, report)
-    if not Path(source).exists():
-        metadata["base_model"] = source
+    if folder and not Path(source).exists():
+        metadata |= {"base_model": source, "base_model_revision": folder.name}  # of a snapshot: its commit
     if base_model is not None:
         metadata["base_model"] = base_model
-    return Checkpoint(config, tensors, fit_processor(processor, config, report), metadata, report)
+    return Checkpoint(config, tensors, fit_processor(processor, config, report), metadata, report, origin)
+
+
+def source_name(source: str, content: dict) -> str:
+    """timm's name of a model, a Hub id, or the name of a file or folder."""
+    tag = (content.get("pretrained_cfg") or {}).get("tag")
+    if architecture := content.get("architecture"):
+        return f"{architecture}.{tag}" if tag else architecture
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def read_config(folder: Path) -> dict:

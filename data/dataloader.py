@@ -10,23 +10,25 @@ import math
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import PIL.Image
 import pyarrow as pa
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..files import RunError, UserError
-from .decoding import Decoder, PixelBatch, open_image, raise_bad_image
+from .decoding import Decoder, PixelBatch, is_deep, open_image, raise_bad_image
 from .labels import BadLabel
 from .loading import ImageData
 from .reading import MACHINE_ERRORS, WAITS, BadImage, read_bytes
+from .splitting import spread
 
 MAX_CACHE_BYTES = 4 * 2**30
 READ_BATCH_SIZE = 16  # rows whose encoded images are in memory at a time
-BIT_DEPTH_ROWS = 64  # images whose headers tell whether a dataset has 16 bits
+BIT_DEPTH_ROWS = 64  # images that tell whether a dataset has more than 8 bits
 
 
 def seed_for(*key) -> int:
@@ -39,9 +41,16 @@ def fits_in_cache(count: int, shape: tuple[int, int, int]) -> bool:
     return count * math.prod(shape) <= MAX_CACHE_BYTES
 
 
-def headers(data: ImageData) -> Iterator[PIL.Image.Image]:
-    """The training images without the bad ones; only their headers are decoded."""
-    for batch in data.splits["train"].select_columns([data.image_column]).iter(READ_BATCH_SIZE):
+def headers(data: ImageData, limit: int | None = None) -> Iterator[PIL.Image.Image]:
+    """The training images without the bad ones; only their headers are decoded.
+
+    Args:
+        limit: as many of them at equal distances, or the first of a stream.
+    """
+    rows = data.splits["train"].select_columns([data.image_column])
+    if limit is not None:
+        rows = rows.select(spread(len(rows), limit)) if isinstance(rows, Dataset) else rows.take(limit)
+    for batch in rows.iter(READ_BATCH_SIZE):
         for value in batch[data.image_column]:
             with contextlib.suppress(BadImage):
                 encoded = read_bytes(value, data.sources)
@@ -57,11 +66,22 @@ def have_equal_sizes(data: ImageData) -> bool:
     return all(size == first for size in sizes)
 
 
-def has_16_bit_images(data: ImageData) -> bool:
-    """Whether one of the first training images is gray with 16 bits."""
+def find_bit_depth(data: ImageData) -> int | None:
+    """The bit depth of the gray images with more than 8 bits, None if some training images show none.
+
+    It is the smallest even number of bits, at least 10, that holds all their values: a 16-bit PNG often holds the 12
+    bits of a camera, of which the upper 8 would be nearly black.
+    """
     if data.array_shape is not None:
-        return False
-    return any(image.mode.startswith("I") for image in itertools.islice(headers(data), BIT_DEPTH_ROWS))
+        return None
+    highest = None
+    for image in headers(data, BIT_DEPTH_ROWS):
+        if is_deep(image):
+            with contextlib.suppress(BadImage), raise_bad_image():
+                highest = max(highest or 0, image.getextrema()[1])
+    if highest is None:
+        return None
+    return min(max(10, 2 * math.ceil(int(highest).bit_length() / 2)), 16)
 
 
 def column_values(table: pa.Table, column: str) -> list:
@@ -99,6 +119,19 @@ class LoaderContext:
         return bool(flag.item())
 
 
+@dataclass
+class RowNotes:
+    """What was found in the rows of a batch: name of the row -> finding.
+
+    Args:
+        bad: why the row cannot be used.
+        changed: why a pipeline sees other pixels of its image, see `load_rgb`.
+    """
+
+    bad: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
+
+
 class ImageSplit:
     """One split as batches of pixels and targets; the base of MapStyleSplit and StreamingSplit.
 
@@ -126,26 +159,31 @@ class ImageSplit:
         self.rows = data.splits[split]
         self.size = data.sizes[split]
         self.bad = {}  # name of a row that was skipped -> reason
+        self.changed = {}  # name of a row of which a pipeline sees other pixels -> reason
 
-    def read_row(self, row: int | tuple, name: str, epoch: int, image, label, bad: dict[str, str]) -> tuple:
-        """The decoded image and the target of a row; (None, None) and an entry in `bad` if one of them is bad.
+    def read_row(self, row: int | tuple, name: str, epoch: int, image, label, notes: RowNotes) -> tuple:
+        """The decoded image and the target of a row; (None, None) and an entry in `notes` if one of them is bad.
 
         Raises:
             RunError: the machine failed to read the image several times.
         """
         path = f" ({image['path']})" if isinstance(image, dict) and image["path"] else ""
         name = f"{name} of the split {self.split!r}{path}"
+        changes: set[str] = set()
         try:
-            return self.decode(image, epoch, row), self.data.labels.target(label)
+            decoded, target = self.decode(image, epoch, row, changes), self.data.labels.target(label)
         except (BadImage, BadLabel) as error:
-            bad[name] = str(error)
+            notes.bad[name] = str(error)
             return None, None
         except MACHINE_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise RunError(f"{name} cannot be read, after {len(WAITS) + 1} attempts: {reason}") from error
+        if changes:
+            notes.changed[name] = " and ".join(sorted(changes))
+        return decoded, target
 
-    def batch(self, images: PixelBatch, targets: list, bad: dict[str, str], size: int = 0) -> tuple:
-        """Pixels (B, C, H, W), targets (B,) or (B, K), and `bad`; targets that are None become ignored ones.
+    def batch(self, images: PixelBatch, targets: list, notes: RowNotes, size: int = 0) -> tuple:
+        """Pixels (B, C, H, W), targets (B,) or (B, K), and `notes`; targets that are None become ignored ones.
 
         A smaller batch than `size` is padded with black images.
         """
@@ -156,24 +194,25 @@ class ImageSplit:
         for slot, target in enumerate(targets):
             if target is not None:
                 labels[slot] = torch.as_tensor(target)
-        return images.pixels(), labels, bad
+        return images.pixels(), labels, notes
 
-    def record_bad(self, bad: dict[str, str]):
-        """Adds rows to those that were skipped.
+    def record(self, notes: RowNotes):
+        """Adds rows to those that were skipped, or of which a pipeline sees other pixels.
 
         Raises:
             BadImage: bad rows may not be skipped, or the split has no others.
         """
-        if bad and self.on_bad_image == "error":
-            row, reason = next(iter(bad.items()))
+        if notes.bad and self.on_bad_image == "error":
+            row, reason = next(iter(notes.bad.items()))
             raise BadImage(f"{row} cannot be used: {reason}; use --on_bad_image skip to ignore such rows")
-        self.bad.update(bad)
+        self.changed.update(notes.changed)
+        self.bad.update(notes.bad)
         if len(self.bad) == self.size:
             raise BadImage(f"every row of the split {self.split!r} is bad: it has no image that can be used")
 
     def samples(self, count: int) -> list[tuple]:
         """Pixels (C, H, W) and target of up to `count` rows without the bad ones."""
-        decoded = (self.read_row(row, "", 0, image, label, {}) for row, image, label in self.sample_rows(count))
+        decoded = (self.read_row(row, "", 0, image, label, RowNotes()) for row, image, label in self.sample_rows(count))
         return [(self.decode.stack([image])[0], target) for image, target in decoded if image is not None]
 
     def load(self, num_workers: int, **options) -> Iterator:
@@ -211,33 +250,33 @@ class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
         return ((row, image, label) for row, (image, label) in zip(rows, self.read(rows)))
 
     def __getitems__(self, key: tuple[int, list[int]]) -> tuple | Exception:
-        """A batch and its bad rows, or an error, whose message torch would bury in the traceback of a worker."""
+        """A batch and its notes, or an error, whose message torch would bury in the traceback of a worker."""
         try:
             return self.read_batch(*key)
         except (UserError, RunError, MemoryError) as error:
             return error
 
-    def read_batch(self, epoch: int, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
+    def read_batch(self, epoch: int, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, RowNotes]:
         replace = self.split == "train" and self.on_bad_image == "skip"
-        images, targets, bad = PixelBatch(self.decode), [], {}
+        images, targets, notes = PixelBatch(self.decode), [], RowNotes()
         for row, (undecoded, label) in zip(rows, self.read([max(row, 0) for row in rows])):
             image = target = None
             if row >= 0:
-                image, target = self.read_row(row, f"row {row}", epoch, undecoded, label, bad)
-                while image is None and replace and len(bad) < self.size:
+                image, target = self.read_row(row, f"row {row}", epoch, undecoded, label, notes)
+                while image is None and replace and len(notes.bad) < self.size:
                     row = (row + 1) % self.size
                     ((undecoded, label),) = self.read([row])
-                    image, target = self.read_row(row, f"row {row}", epoch, undecoded, label, bad)
+                    image, target = self.read_row(row, f"row {row}", epoch, undecoded, label, notes)
             images.append(image)
             targets.append(target)
-        return self.batch(images, targets, bad)
+        return self.batch(images, targets, notes)
 
     def decoded(self, keys: Iterable, num_workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for batch in self.load(num_workers, dataset=self, batch_sampler=keys):
             if isinstance(batch, Exception):
                 raise batch
-            pixels, targets, bad = batch
-            self.record_bad(bad)
+            pixels, targets, notes = batch
+            self.record(notes)
             yield pixels, targets
 
     def cache(self, quiet: bool = False, batch_size: int = 256, min_size_for_workers: int = 4096):

@@ -8,6 +8,7 @@ import io
 import math
 import random
 import warnings
+from collections.abc import Iterable
 
 import kornia_rs
 import numpy as np
@@ -22,6 +23,7 @@ from .reading import BadImage, read_bytes, with_retries
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
 MAX_ASPECT_RATIO = 50  # a longer image is cut to about this many times its short side, if its center is cropped anyway
+TRANSPARENT, DEEP = "transparent", "more than 8 bits"  # images of which a pipeline sees other pixels
 MAX_FULL_BYTES = 16 * 2**20  # of the images that a process keeps at their full size; a larger one is kept alone
 
 
@@ -55,31 +57,61 @@ def open_image(data: bytes) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(data))
 
 
-def load_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def load_rgb(image: PIL.Image.Image, bit_depth: int = 16, changes: set[str] | None = None) -> PIL.Image.Image:
     """Decodes an opened image, rotates it by its EXIF orientation and converts it to RGB.
 
-    Of an animation, the first frame is decoded. Transparent images are drawn on white, and of 16 bits the upper 8 are
-    kept. Pipelines differ in the last two: they drop transparency and clip 16 bits at 255.
+    Of an animation, the first frame is decoded. Transparent images are drawn on white, and of more than 8 bits the
+    upper 8 are kept. Pipelines differ in the last two: they drop transparency and clip values at 255.
+
+    Args:
+        bit_depth: of gray images with more than 8 bits; a 16-bit file may hold the 12 bits of a camera.
+        changes: gets TRANSPARENT or DEEP if a pipeline sees other pixels.
 
     Raises:
-        BadImage: floating-point pixels, or 32-bit ones whose values may not be 16-bit ones.
+        BadImage: floating-point pixels, or values that do not fit the bit depth.
     """
     PIL.ImageOps.exif_transpose(image, in_place=True)
     image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        pixels = np.asarray(image)
-        lowest, highest = pixels.min(), pixels.max()
-        if lowest < 0 or highest >= 2**16 or (image.mode == "I" and 0 < highest < 2**8):
-            raise BadImage(f"expected pixels of 8 or 16 bits, got 32 bits with values from {lowest} to {highest}")
-        image = PIL.Image.fromarray((pixels >> 8).astype(np.uint8))
+    changes = set() if changes is None else changes
+    if is_deep(image):
+        image = PIL.Image.fromarray(upper_bits(np.asarray(image), bit_depth, image.mode == "I"))
+        changes.add(DEEP)
     if image.mode == "F":
         raise BadImage("expected integer pixels, got floating-point ones of unknown range")
     if image.has_transparency_data:
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            changes.add(TRANSPARENT)
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def same_pixels_code(kinds: Iterable[str], bit_depth: int) -> list[str]:
+    """The lines of Python that give a pipeline the pixels of training, for images that were changed in these ways."""
+    lines = []
+    if DEEP in kinds:
+        lines.append(f"image = Image.fromarray((np.asarray(image) >> {bit_depth - 8}).astype(np.uint8))")
+    if TRANSPARENT in kinds:
+        image = 'image.convert("RGBA")'
+        lines.append(f'image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), {image}).convert("RGB")')
+    return lines
+
+
+def is_deep(image: PIL.Image.Image) -> bool:
+    """Whether an image is gray with integers of more than 8 bits."""
+    return image.mode.startswith("I;16") or image.mode == "I"
+
+
+def upper_bits(pixels: np.ndarray, bit_depth: int, has_32_bits: bool) -> np.ndarray:
+    """The upper 8 bits of values of this many bits. Raises BadImage if larger, negative or ambiguous values occur."""
+    lowest, highest = pixels.min(), pixels.max()
+    if lowest < 0 or highest >= 2**16 or (has_32_bits and bit_depth == 16 and 0 < highest < 2**8):
+        raise BadImage(f"expected pixels of 8 or 16 bits, got 32 bits with values from {lowest} to {highest}")
+    if highest >= 2**bit_depth:
+        raise BadImage(f"expected gray values of {bit_depth} bits, got values up to {highest}; use --bit_depth 16")
+    return (pixels >> (bit_depth - 8)).astype(np.uint8)
 
 
 def sample_crop_box(width: int, height: int, min_area: float, generator: random.Random) -> tuple[float, ...]:
@@ -107,12 +139,20 @@ def crop_and_resize(pixels: np.ndarray, box: tuple[float, ...], size: tuple[int,
 
 
 def random_resized_crop(
-    source: bytes | np.ndarray, size: tuple[int, int], min_area: float, generator: random.Random
+    source: bytes | np.ndarray,
+    size: tuple[int, int],
+    min_area: float,
+    generator: random.Random,
+    bit_depth: int = 16,
+    changes: set[str] | None = None,
 ) -> torch.Tensor:
     """Decodes an encoded image, or takes an array (C, H, W), and crops and resizes it to uint8 (C, height, width).
 
     JPEG is decoded at 1/2 to 1/8 of its size where the crop allows it. At full size and without rotation, libjpeg-turbo
     decodes it directly: the pixels are the same as Pillow's, with fewer copies. torch resizes faster than Pillow.
+
+    Args:
+        bit_depth, changes: see `load_rgb`.
 
     Raises:
         BadImage: it cannot be decoded.
@@ -133,7 +173,7 @@ def random_resized_crop(
                 pixels = JPEG_DECODER.decode(source)
         if pixels is None:
             image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-            pixels = np.array(load_rgb(image))
+            pixels = np.array(load_rgb(image, bit_depth, changes))
     x, y = pixels.shape[1] / width, pixels.shape[0] / height
     return crop_and_resize(pixels, (left * x, upper * y, right * x, lower * y), size)
 
@@ -156,6 +196,7 @@ class Decoder:
         crop_min_area: the smallest fraction of an image that a random crop keeps; 0: no random crop.
         seed: determines the crops.
         sources: where rows may name files, see `dataset_sources`.
+        bit_depth: of gray images with more than 8 bits.
     """
 
     def __init__(
@@ -166,7 +207,9 @@ class Decoder:
         crop_min_area: float = 0.0,
         seed: int = 0,
         sources: tuple[str, ...] = (),
+        bit_depth: int = 16,
     ):
+        self.bit_depth = bit_depth
         self.processor, self.shape, self.arrays = processor, shape, arrays
         self.crop_min_area, self.seed, self.sources = crop_min_area, seed, sources
         self.crops_center = getattr(processor, "do_center_crop", False)
@@ -176,26 +219,33 @@ class Decoder:
             noise = [PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[1:], 3), np.uint8))]
             self.is_identity = torch.equal(self.stack(noise), stack_as_uint8(noise))
 
-    def __call__(self, value: dict | np.ndarray | None, epoch: int, row: int | tuple) -> PIL.Image.Image | torch.Tensor:
+    def __call__(
+        self, value: dict | np.ndarray | None, epoch: int, row: int | tuple, changes: set[str] | None = None
+    ) -> PIL.Image.Image | torch.Tensor:
         """An RGB image at its full size, which `PixelBatch` resizes, or the pixels (C, H, W) of a random crop or array.
+
+        Args:
+            changes: see `load_rgb`.
 
         Raises:
             BadImage: the image cannot be used; says why.
             OSError, MemoryError, an error of the HTTP library: the machine failed several times.
         """
         if isinstance(value, np.ndarray):
-            return self.decode(value.reshape(-1, *value.shape[-2:]), epoch, row)  # (H, W) -> (1, H, W)
+            return self.decode(value.reshape(-1, *value.shape[-2:]), epoch, row, changes)  # (H, W) -> (1, H, W)
         data = read_bytes(value, self.sources)
-        return with_retries(lambda: self.decode(data, epoch, row))
+        return with_retries(lambda: self.decode(data, epoch, row, changes))
 
-    def decode(self, source: bytes | np.ndarray, epoch: int, row: int | tuple) -> PIL.Image.Image | torch.Tensor:
+    def decode(
+        self, source: bytes | np.ndarray, epoch: int, row: int | tuple, changes: set[str] | None
+    ) -> PIL.Image.Image | torch.Tensor:
         if self.crop_min_area:
-            generator = random.Random(repr((self.seed, "crop", epoch, row)))
-            return random_resized_crop(source, self.shape[1:], self.crop_min_area, generator)
+            generator, size = random.Random(repr((self.seed, "crop", epoch, row))), self.shape[1:]
+            return random_resized_crop(source, size, self.crop_min_area, generator, self.bit_depth, changes)
         if isinstance(source, np.ndarray):
             return torch.tensor(source)
         with raise_bad_image():
-            return self.cut_long_image(load_rgb(open_image(source)))
+            return self.cut_long_image(load_rgb(open_image(source), self.bit_depth, changes))
 
     def cut_long_image(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """Cuts a very long image to its middle, the only part that is used, since resizing all of it takes memory."""

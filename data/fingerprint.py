@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset_builder
 
 from .dataloader import column_values
 from .loading import ImageData, builder_arguments, standard_splits
+from .splitting import spread
 
 SAMPLE_IMAGES = 64  # of each split, at equal distances
 SAMPLE_BYTES = 2**16  # of each image
@@ -55,11 +56,6 @@ def differences(before: dict[str, int | str], now: dict[str, int | str]) -> list
 
 def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of the numbers below `count`, at equal distances, with the first and the last."""
-    return sorted(set(np.linspace(0, count - 1, min(count, limit)).round().astype(int).tolist()))
 
 
 def hash_images(rows: Dataset, column: str, limit: int = SAMPLE_IMAGES) -> str:

@@ -15,6 +15,12 @@ from ..files import UserError
 
 IGNORED = -100  # the target of padding and bad images, as in torch.nn.functional.cross_entropy; NaN if it is a float
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+PROBLEM_TYPES = {  # of each kind of column, see `column_kind`
+    **{"class": SINGLE, "value": SINGLE},
+    **{"classes": MULTI, "words": MULTI, "vector": MULTI},
+    "number": REGRESSION,
+}
+MAX_DISTINCT = 20  # with more different values, a column of floats can hardly mean classes
 
 
 class BadLabel(UserError):
@@ -43,6 +49,47 @@ def column_kind(feature) -> str | None:
     return None
 
 
+def label_kind(column: str, feature, problem_type: str | None = None) -> str:
+    """As `column_kind`, for the problem type that the user asks for, if any.
+
+    Raises:
+        UserError: the labels cannot be read as that.
+    """
+    kind = column_kind(feature)
+    if problem_type in (None, PROBLEM_TYPES[kind]):
+        return kind
+    if problem_type == SINGLE and kind == "number":
+        return "value"
+    is_text = isinstance(feature, Value) and "string" in feature.dtype
+    if problem_type == REGRESSION and kind in ("class", "value") and not is_text:
+        return "number"
+    raise UserError(
+        f"--problem_type: expected {PROBLEM_TYPES[kind]} for {column_names({column: feature})}, got {problem_type}"
+    )
+
+
+def numbers_of(column: str, feature, kind: str) -> dict[int, float]:
+    """The numbers that the class names of a regression stand for, {} if the column holds numbers.
+
+    Raises:
+        UserError: a class name is not a number.
+    """
+    if kind != "number" or not isinstance(feature, ClassLabel):
+        return {}
+    try:
+        return {index: float(name) for index, name in enumerate(feature.names)}
+    except ValueError as error:
+        raise UserError(f"--problem_type {REGRESSION}: the classes in {column!r} are not numbers: {error}") from error
+
+
+def is_missing(value, kind: str) -> bool:
+    """Whether a row has no label: None, NaN, an empty text, or -1 in a ClassLabel."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return (
+        value is None or is_nan or (isinstance(value, str) and not value.strip()) or (kind == "class" and value == -1)
+    )
+
+
 def find_label_column(features: Features, name: str | None) -> str:
     """The column called `name`; without a name, the only column of ClassLabel or, if there is none, of other labels.
 
@@ -64,13 +111,13 @@ def find_label_column(features: Features, name: str | None) -> str:
     raise UserError(f"--label_column_name: expected {expected}, got the columns {column_names(features)}{hint}")
 
 
-def column_names(features: Features) -> str:
+def column_names(features: Features | dict) -> str:
     """The columns and their types, for an error."""
-    types = {
-        column: feature.dtype if isinstance(feature, Value) else type(feature).__name__
-        for column, feature in features.items()
-    }
-    return ", ".join(f"{column} ({name})" for column, name in types.items())
+    return ", ".join(f"{column} ({column_type(feature)})" for column, feature in features.items())
+
+
+def column_type(feature) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
 @dataclass
@@ -83,31 +130,78 @@ class LabelCounts:
             not finite.
         mean: of the finite floats.
         squared_deviations: sum over the finite floats of (value - mean) ** 2.
+        distinct: the different finite floats, or the first of them if there are more than MAX_DISTINCT.
     """
 
     num_rows: int = 0
     occurrences: dict = field(default_factory=dict)
     mean: float = 0.0
     squared_deviations: float = 0.0
+    distinct: set[float] = field(default_factory=set)
+
+    def drop_missing(self, kind: str) -> int:
+        """Forgets the rows without a label; returns how many there were."""
+        missing = [value for value in self.occurrences if is_missing(value, kind)]
+        dropped = sum(self.occurrences.pop(value)[0] for value in missing)
+        self.num_rows -= dropped
+        return dropped
 
 
-def count_labels(values: Iterable, kind: str) -> LabelCounts:
-    """Summarizes a column of labels, for `kind` see `column_kind`, in one pass."""
-    counts, num_finite = LabelCounts(), 0
+def count_labels(values: Iterable, kind: str, numbers: dict | None = None) -> LabelCounts:
+    """Summarizes a column of labels, for `kind` see `column_kind`, in one pass.
+
+    Args:
+        numbers: see `numbers_of`.
+    """
+    counts, num_finite, numbers = LabelCounts(), 0, numbers or {}
     for row, value in enumerate(values):
         counts.num_rows += 1
         if kind == "number" and value is not None:
+            value = numbers.get(value, value)
             if math.isfinite(value):  # Welford's algorithm
                 num_finite += 1
+                if len(counts.distinct) <= MAX_DISTINCT:
+                    counts.distinct.add(value)
                 deviation = value - counts.mean
                 counts.mean += deviation / num_finite
                 counts.squared_deviations += deviation * (value - counts.mean)
                 continue
-            value = math.nan if math.isnan(value) else value  # the same object, so that the dict finds it
+        if isinstance(value, float) and math.isnan(value):
+            value = math.nan  # the same object, so that the dict finds it
         value = tuple(value) if isinstance(value, list) else value
         count, first = counts.occurrences.get(value, (0, row))
         counts.occurrences[value] = count + 1, first
     return counts
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """A column of labels, and how the user wants it to be read.
+
+    Args:
+        feature: of the dataset.
+        problem_type: None: that of the column's kind.
+        skip_missing: leave out rows without a label.
+    """
+
+    name: str
+    feature: object
+    problem_type: str | None = None
+    skip_missing: bool = False
+
+    @property
+    def kind(self) -> str:
+        """See `label_kind`."""
+        return label_kind(self.name, self.feature, self.problem_type)
+
+    def has_label(self, value) -> bool:
+        return not is_missing(value, self.kind)
+
+    def count(self, values: Iterable) -> LabelCounts:
+        return count_labels(values, self.kind, numbers_of(self.name, self.feature, self.kind))
+
+    def build(self, train: LabelCounts | None) -> "Labels":
+        return build_labels(self.name, self.feature, train, self.problem_type)
 
 
 @dataclass
@@ -118,7 +212,7 @@ class Labels:
         column: the name of the column.
         kind: see `column_kind`.
         class_names: the names of the K classes, in the order of the model's outputs; for regression, the column's name.
-        classes: value in the column -> class.
+        classes: value in the column -> class; for the classes of a regression, the number that each stands for.
         num_rows: the number of training rows, if they were counted.
         class_counts: the number of training rows with each class, if they were counted.
         mean, std: of the training labels of a regression, whose targets are standardized.
@@ -135,7 +229,7 @@ class Labels:
 
     @property
     def problem_type(self) -> str:
-        return {"number": REGRESSION, "classes": MULTI, "words": MULTI, "vector": MULTI}.get(self.kind, SINGLE)
+        return PROBLEM_TYPES[self.kind]
 
     @property
     def expected(self) -> str:
@@ -163,8 +257,10 @@ class Labels:
             return [float(label in present) for label in self.classes]
         if self.kind == "vector" and value and len(value) == len(self.class_names) and {0, 1}.issuperset(value):
             return [float(bit) for bit in value]
-        if self.kind == "number" and value is not None and math.isfinite(value):
-            return [(value - self.mean) / self.std]
+        if self.kind == "number":
+            value = self.classes.get(value, value)
+            if value is not None and math.isfinite(value):
+                return [(value - self.mean) / self.std]
         raise BadLabel(f"label: expected {self.expected}, got {value}")
 
     def ignored_targets(self, count: int) -> torch.Tensor:
@@ -177,7 +273,7 @@ class Labels:
         """Whether a split has no labels, as the test split of ImageNet-1k: all of them are missing or -1."""
 
         def is_hidden(value) -> bool:
-            missing = value is None or value is math.nan or (value == -1 and self.problem_type == SINGLE)
+            missing = is_missing(value, self.kind) or (value == -1 and self.problem_type == SINGLE)
             return missing and value not in self.classes
 
         return counts.num_rows == sum(count for value, (count, _) in counts.occurrences.items() if is_hidden(value))
@@ -194,10 +290,13 @@ class Labels:
                     first_row, first_value = row, value
         if bad_rows:
             value = list(first_value) if isinstance(first_value, tuple) else first_value
-            hint = ": they have no label, perhaps because a file is cut off" if value is None else ""
+            hint = advice = ""
+            if is_missing(value, self.kind):
+                hint = ": they have no label, perhaps because a file is cut off" if value is None else ""
+                advice = "; --on_missing_label skip leaves out the rows that have no label"
             raise UserError(
-                f"--label_column_name: expected {self.expected}, got {value} in row {first_row} of the split {split!r} "
-                f"({bad_rows} such rows{hint})"
+                f"--label_column_name: expected {self.expected}, got {value!r} in row {first_row} of the split "
+                f"{split!r} ({bad_rows} such rows{hint}){advice}"
             )
 
     def fit(self, counts: LabelCounts):
@@ -208,9 +307,11 @@ class Labels:
         """
         self.num_rows, self.mean = counts.num_rows, counts.mean
         self.std = math.sqrt(counts.squared_deviations / counts.num_rows)
-        if len(counts.occurrences) == 1 or (self.kind == "number" and not self.std):
-            only = self.mean if self.kind == "number" else next(iter(counts.occurrences))
-            raise UserError(f"--dataset_name: expected several classes in the split 'train', got only {only}")
+        if self.kind == "number" and not self.std:
+            raise UserError(f"--dataset_name: expected different numbers in the split 'train', got only {self.mean:g}")
+        if len(counts.occurrences) == 1:
+            (only,) = counts.occurrences
+            raise one_class(self.class_names[self.classes[only]] if only in self.classes else str(list(only)))
         self.class_counts = [0] * len(self.class_names)
         for value, (count, _) in counts.occurrences.items():
             target = self.target(value)
@@ -230,18 +331,31 @@ class Labels:
         return torch.where(counts > 0, self.num_rows / ((counts > 0).sum() * counts), 0)
 
 
-def build_labels(column: str, feature, train: LabelCounts | None) -> Labels:
+def one_class(name: str) -> UserError:
+    """The error for a dataset whose training images all have the same label."""
+    return UserError(
+        f"--dataset_name: expected several classes in the split 'train', got only {name!r}: one class cannot be "
+        f"learned; add images of at least one other class, such as images without {name!r}"
+    )
+
+
+def class_name(value) -> str:
+    """The name of a class that a value stands for: 1.0 is called 1."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def build_labels(column: str, feature, train: LabelCounts | None, problem_type: str | None = None) -> Labels:
     """The labels of a column, from its feature or, if that does not name the classes, from its values in "train".
 
     Raises:
         UserError: a classification has fewer than two classes.
     """
-    kind, classes = column_kind(feature), {}
+    kind, classes = label_kind(column, feature, problem_type), {}
     if kind == "number":
-        return Labels(column, kind, [column])
+        return Labels(column, kind, [column], numbers_of(column, feature, kind))
     if kind == "value":
-        values = sorted(value for value in train.occurrences if value is not None)
-        names, classes = [str(value) for value in values], {value: number for number, value in enumerate(values)}
+        values = sorted(value for value in train.occurrences if not is_missing(value, kind))
+        names, classes = [class_name(value) for value in values], {value: number for number, value in enumerate(values)}
     elif kind == "words":
         names = sorted({word for value in train.occurrences if value for word in value if word is not None})
         classes = {word: number for number, word in enumerate(names)}
@@ -253,6 +367,34 @@ def build_labels(column: str, feature, train: LabelCounts | None) -> Labels:
         names = (feature if kind == "class" else feature.feature).names
         names = [str(name) for name in names]  # in a card's YAML an unquoted no is False
         classes = {number: number for number in range(len(names))}
-    if len(names) < 2:
-        raise UserError(f"--label_column_name: expected at least two classes in {column!r}, got {names}")
+    if len(names) == 1:
+        raise one_class(names[0])
+    if not names:
+        raise UserError(f"--label_column_name: expected at least two classes in {column!r}, got none")
     return Labels(column, kind, names, classes)
+
+
+def label_notes(labels: Labels, feature, train: LabelCounts | None) -> list[str]:
+    """What the user should know of the labels before training: how they are read, and classes that cannot be learned.
+
+    Args:
+        train: the labels of the training rows, if they were read.
+    """
+    notes = []
+    if labels.kind == "number":
+        few = train is not None and len(train.distinct) <= MAX_DISTINCT
+        values = f", {len(train.distinct)} different ones" if few else ""
+        notes.append(
+            f"the labels in {labels.column!r} are read as numbers ({column_type(feature)}{values}): the model learns a "
+            f"{REGRESSION}; use --problem_type {SINGLE} if they are classes"
+        )
+    elif labels.kind == "value" and feature.dtype.startswith(("int", "uint")):
+        notes.append(
+            f"the labels in {labels.column!r} are read as {len(labels.class_names)} classes ({column_type(feature)}); "
+            f"use --problem_type {REGRESSION} if they are numbers to predict"
+        )
+    if labels.kind != "number" and 0 in (labels.class_counts or []):
+        absent = [name for name, count in zip(labels.class_names, labels.class_counts) if count == 0]
+        names = ", ".join(map(repr, absent[:5])) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        notes.append(f"no training image has the class {names}: the model cannot learn to predict it")
+    return notes

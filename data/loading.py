@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -16,6 +16,9 @@ from datasets import (
     Features,
     Image,
     IterableDataset,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
@@ -25,15 +28,8 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from tqdm import tqdm
 
 from ..files import ROOT, UserError
-from .labels import (
-    LabelCounts,
-    Labels,
-    build_labels,
-    column_kind,
-    column_names,
-    count_labels,
-    find_label_column,
-)
+from .folders import left_out, why_no_classes
+from .labels import LabelColumn, LabelCounts, Labels, column_names, find_label_column, label_notes
 from .reading import dataset_sources
 from .splitting import split_rows, subsample
 
@@ -65,6 +61,8 @@ class ImageData:
         sizes: the number of rows of each split.
         array_shape: (C, H, W) of the arrays; None for images.
         sources: where rows may name image files, see `dataset_sources`.
+        report: what the user should know before training, one line each.
+        bit_depth: of the gray images with more than 8 bits, see `find_bit_depth`; None if there are none.
     """
 
     splits: dict[str, Dataset | IterableDataset]
@@ -73,6 +71,8 @@ class ImageData:
     sizes: dict[str, int]
     array_shape: tuple[int, int, int] | None = None
     sources: tuple[str, ...] = ()
+    report: list[str] = field(default_factory=list)
+    bit_depth: int | None = None
 
     @property
     def channels(self) -> int:
@@ -92,6 +92,8 @@ def load_image_data(
     seed: int = 0,
     streaming: bool = False,
     count_classes: bool = False,
+    problem_type: str | None = None,
+    on_missing_label: str = "error",
     on_main_process: Callable = lambda function: function(),
 ) -> ImageData:
     """Loads a dataset and checks its labels.
@@ -103,36 +105,32 @@ def load_image_data(
             validation split. The same seed holds out the same rows. A stream is never split.
         max_train_samples, max_eval_samples: use a random subset of this size, drawn by seed; not for a stream.
         count_classes: read all labels of a stream, even if its classes and its size are known.
+        problem_type: what floats or integers mean; None: floats are numbers, integers classes.
+        on_missing_label: "error" or "skip", for rows without a label.
         on_main_process: calls the function that reads them, so that several processes can share the result.
 
     Raises:
         UserError: the dataset cannot be loaded, lacks a split or column, or has labels that cannot be learned.
     """
-    splits = load_splits(name, config_name, revision, streaming)
+    splits, path, report = load_splits(name, config_name, revision, streaming), local_path(name), []
+    if splits["train"].info.builder_name == "imagefolder" and path.is_dir() and (line := left_out(path)):
+        report.append(line)
     features = splits["train"].features
-    image_column = find_image_column(features, image_column)
-    label_column = find_label_column(features, label_column)
+    image_column, label_column = find_columns(features, image_column, label_column, path)
     splits, shape = select_columns(splits, image_column, label_column)
-    kind = column_kind(features[label_column])
-    sources = dataset_sources(name, local_path(name))
+    column = LabelColumn(label_column, features[label_column], problem_type, on_missing_label == "skip")
     if streaming:
-        label_streams = stream_label_column(name, config_name, revision, label_column)
-        count_all = count_classes or kind not in ("class", "classes")
-        labels, sizes = check_stream(splits, label_streams, label_column, count_all, on_main_process)
-        return ImageData(splits, image_column, labels, sizes, shape, sources)
-
-    values = {split: rows[label_column][:] for split, rows in splits.items()}
-    counts = {split: count_labels(labels, kind) for split, labels in values.items()}
-    labels = check_splits(splits, label_column, counts, counts.get("test"))
-    if "validation" not in splits and validation_fraction:
-        targets = [labels.target(value) for value in values["train"]]
-        kept, held_out = split_rows(targets, labels, validation_fraction, seed)
-        splits["train"], splits["validation"] = splits["train"].select(kept), splits["train"].select(held_out)
-    for split, rows in splits.items():
-        splits[split] = subsample(rows, max_train_samples if split == "train" else max_eval_samples, seed)
-    labels.fit(count_labels(splits["train"][label_column][:], kind))
-    sizes = {split: len(rows) for split, rows in splits.items()}
-    return ImageData(splits, image_column, labels, sizes, shape, sources)
+        streams = stream_label_column(name, config_name, revision, label_column)
+        labels, counts, sizes = check_stream(splits, streams, column, count_classes, on_main_process, report)
+    else:
+        labels, counts = check_rows(splits, column, validation_fraction, seed, report)
+        for split, rows in splits.items():
+            splits[split] = subsample(rows, max_train_samples if split == "train" else max_eval_samples, seed)
+        counts["train"] = column.count(splits["train"][label_column][:])
+        labels.fit(counts["train"])
+        sizes = {split: len(rows) for split, rows in splits.items()}
+    report += label_notes(labels, column.feature, counts.get("train"))
+    return ImageData(splits, image_column, labels, sizes, shape, dataset_sources(name, path), report)
 
 
 # Loading
@@ -158,6 +156,29 @@ def raise_user_error(message: str, *more: type[Exception]):
             reason += "; the .cls files of a tar must hold numbers"
         kind = "" if isinstance(cause, (ValueError, OSError)) and reason else f"{type(cause).__name__}: "
         raise UserError(f"{message}: {kind}{reason}") from cause
+
+
+@contextlib.contextmanager
+def explained_by_folder(path: Path):
+    """Adds the files that are not read as images, if there are any, to an error about a folder."""
+    try:
+        yield
+    except UserError as error:
+        if path.is_dir() and (line := left_out(path)):
+            raise UserError(f"{error}; {line}") from error
+        raise
+
+
+@contextlib.contextmanager
+def without_progress_bars():
+    """Hides the bars of `datasets`, which speak of downloads even if all files are on this machine."""
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
 
 
 def builder_arguments(name: str, config_name: str | None, revision: str | None) -> dict:
@@ -196,7 +217,9 @@ def load_splits(
             f"--streaming cannot be used with {name!r}, which was written by save_to_disk: it is read from the disk, "
             "without loading it into memory, anyway"
         )
-    with raise_user_error(f"--dataset_name: {name!r} cannot be loaded", RuntimeError):  # if it needs a script
+    quiet = without_progress_bars() if path.exists() else contextlib.nullcontext()
+    failure = f"--dataset_name: {name!r} cannot be loaded"
+    with explained_by_folder(path), raise_user_error(failure, RuntimeError), quiet:  # RuntimeError: it needs a script
         if is_saved:
             splits = load_from_disk(str(path))
             splits = splits if isinstance(splits, DatasetDict) else {"train": splits}
@@ -227,6 +250,17 @@ def stream_label_column(
 
 
 # Columns
+
+
+def find_columns(features: Features, image_column: str | None, label_column: str | None, path: Path) -> tuple[str, str]:
+    """The names of the two columns; the error for a folder of images says why there are no labels."""
+    try:
+        return find_image_column(features, image_column), find_label_column(features, label_column)
+    except UserError as error:
+        reason = why_no_classes(path) if path.is_dir() and image_column is None and label_column is None else None
+        if reason is None:
+            raise
+        raise UserError(f"--dataset_name: {reason}") from error
 
 
 def find_image_column(features: Features, name: str | None) -> str:
@@ -283,7 +317,7 @@ def iterate_labels(column: IterableDataset, split: str) -> Iterator:
             progress.update(len(labels))
 
 
-def check_splits(splits: dict, column: str, counts: dict[str, LabelCounts], test: LabelCounts | None) -> Labels:
+def check_splits(splits: dict, column: LabelColumn, counts: dict[str, LabelCounts], test: LabelCounts | None) -> Labels:
     """The meaning of the labels; checks those that were counted and removes a test split whose labels are hidden.
 
     Args:
@@ -293,7 +327,7 @@ def check_splits(splits: dict, column: str, counts: dict[str, LabelCounts], test
     Raises:
         UserError: a split has a label that "train" does not define; see `build_labels`.
     """
-    labels = build_labels(column, splits["train"].features[column], counts.get("train"))
+    labels = column.build(counts.get("train"))
     if test is not None and labels.are_hidden(test):
         del splits["test"]
         counts.pop("test", None)
@@ -302,29 +336,72 @@ def check_splits(splits: dict, column: str, counts: dict[str, LabelCounts], test
     return labels
 
 
+def check_rows(
+    splits: dict[str, Dataset], column: LabelColumn, validation_fraction: float, seed: int, report: list[str]
+) -> tuple[Labels, dict[str, LabelCounts]]:
+    """The labels of a dataset on the disk, whose rows without a label are left out if the user wants that.
+
+    Holds out a validation split if there is none.
+    """
+    if column.skip_missing:
+        for split, rows in splits.items():
+            kept = [row for row, value in enumerate(rows[column.name][:]) if column.has_label(value)]
+            note_left_out(split, len(rows) - len(kept), len(rows), report)
+            splits[split] = rows.select(kept)
+    values = {split: rows[column.name][:] for split, rows in splits.items()}
+    counts = {split: column.count(labels) for split, labels in values.items()}
+    labels = check_splits(splits, column, counts, counts.get("test"))
+    if "validation" not in splits and validation_fraction:
+        targets = [labels.target(value) for value in values["train"]]
+        kept, held_out = split_rows(targets, labels, validation_fraction, seed, report)
+        splits["train"], splits["validation"] = splits["train"].select(kept), splits["train"].select(held_out)
+    return labels, counts
+
+
+def note_left_out(split: str, dropped: int, size: int, report: list[str]):
+    """Reports the rows without a label that were left out.
+
+    Raises:
+        UserError: no training row has a label.
+    """
+    if dropped == size and split == "train":
+        raise UserError(f"--on_missing_label: expected labels in the split 'train', got none in its {size} rows")
+    if dropped:
+        report.append(f"left out {dropped} of {size} rows of the split {split!r}, which have no label")
+
+
 def check_stream(
     splits: dict[str, IterableDataset],
     label_streams: dict[str, IterableDataset],
-    column: str,
-    count_all: bool,
+    column: LabelColumn,
+    count_classes: bool,
     on_main_process: Callable,
-) -> tuple[Labels, dict[str, int]]:
-    """The labels and sizes of a stream; its labels are read if `count_all` or if the card does not give the sizes."""
-    kind = column_kind(splits["train"].features[column])
+    report: list[str],
+) -> tuple[Labels, dict[str, LabelCounts], dict[str, int]]:
+    """The labels of a stream, their counts if they were read, and the sizes of its splits.
+
+    They are read if their classes or the sizes are not known, or if rows are to be left out or classes counted.
+    """
 
     def count_splits() -> dict[str, LabelCounts]:
-        return {split: count_labels(iterate_labels(label_streams[split], split), kind) for split in splits}
+        return {split: column.count(iterate_labels(label_streams[split], split)) for split in splits}
 
     infos = {split: (rows.info.splits or {}).get(rows.split) for split, rows in splits.items()}
     sizes = {split: info.num_examples if info else 0 for split, info in infos.items()}
-    if count_all or not all(sizes.values()):
+    is_known = column.kind in ("class", "classes") and all(sizes.values())
+    if count_classes or column.skip_missing or not is_known:
         counts = on_main_process(count_splits)
+        if column.skip_missing:
+            for split, split_counts in counts.items():
+                size = split_counts.num_rows
+                note_left_out(split, split_counts.drop_missing(column.kind), size, report)
+                splits[split] = splits[split].filter(column.has_label, input_columns=[column.name])
         labels = check_splits(splits, column, counts, counts.get("test"))
         labels.fit(counts["train"])
-        return labels, {split: split_counts.num_rows for split, split_counts in counts.items()}
+        return labels, counts, {split: split_counts.num_rows for split, split_counts in counts.items()}
     sample = None
     if "test" in splits:
         first_labels = itertools.islice(iterate_labels(label_streams["test"], "test"), HIDDEN_LABELS_SAMPLE)
-        sample = count_labels(first_labels, kind)
+        sample = column.count(first_labels)
     labels = check_splits(splits, column, {}, sample)
-    return labels, {split: sizes[split] for split in splits}
+    return labels, {}, {split: sizes[split] for split in splits}

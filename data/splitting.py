@@ -16,32 +16,53 @@ def subsample(rows: Dataset, size: int | None, seed: int) -> Dataset:
     return rows.select(np.random.default_rng(seed).permutation(len(rows))[:size])
 
 
-def split_rows(targets: list, labels: Labels, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers below `count`, at equal distances, with the first and the last."""
+    return sorted(set(np.linspace(0, count - 1, min(count, limit)).round().astype(int).tolist()))
+
+
+def split_rows(
+    targets: list, labels: Labels, fraction: float, seed: int, report: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """The row numbers to train on and those to hold out, at random; single labels are stratified by class.
 
+    Both splits get at least as many images as there are classes, and no class loses its only image.
+
+    Args:
+        report: gets a line if another number of images is held out, or none of some classes.
+
     Raises:
-        UserError: nothing is left to train on, or a class is too small to be in both.
+        UserError: nothing is left to train on, or most classes have a single image.
     """
     rng, held_out = np.random.default_rng(seed), math.ceil(fraction * len(targets))
-    hint = "; integers and strings are classes, floats are numbers" if labels.kind == "value" else ""
     if held_out == len(targets):
         raise UserError(f"--train_val_split: {fraction} would hold out all of the {held_out} images")
     if labels.problem_type != SINGLE:
         rows = rng.permutation(len(targets))
         return rows[held_out:], rows[:held_out]
+    targets = np.asarray(targets)
     classes, counts = np.unique(targets, return_counts=True)
-    if counts.min() == 1:
-        smallest = labels.class_names[classes[counts.argmin()]]
+    single = classes[counts == 1]
+    if 2 * len(single) > len(classes):
         raise UserError(
-            f"--train_val_split: expected at least two images of each class, one to hold out, got one of "
-            f"{smallest!r}{hint}"
+            f"--train_val_split: expected at least two images of each class, one to hold out, but {len(single)} of "
+            f"{len(classes)} classes have a single image, such as {labels.class_names[single[0]]!r}; integers and "
+            "strings are classes, unless --problem_type is regression"
         )
-    if min(held_out, len(targets) - held_out) < len(classes):
-        raise UserError(
-            f"--train_val_split: {fraction} would hold out {held_out} of {len(targets)} images, too few or too many to "
-            f"have each of the {len(classes)} classes in both splits{hint}"
+    if len(single):
+        names = ", ".join(repr(labels.class_names[number]) for number in single[:5])
+        report.append(f"not held out for validation, because it is the only image of its class: {names}")
+    divided, others = np.flatnonzero(~np.isin(targets, single)), np.flatnonzero(np.isin(targets, single))
+    num_classes = len(classes) - len(single)
+    fitting = min(max(held_out, num_classes), len(divided) - num_classes)
+    if fitting != held_out:
+        report.append(
+            f"{fitting} images are held out for validation instead of {held_out} (--train_val_split {fraction}), "
+            f"because there are {num_classes} classes"
         )
-    return stratified_split(np.asarray(targets), held_out, rng)
+    train, validation = stratified_split(targets[divided], fitting, rng)
+    train = np.concatenate([divided[train], others]) if len(others) else train
+    return train, divided[validation]
 
 
 def stratified_split(targets: np.ndarray, held_out: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..files import RunError, UserError
-from .dataloader import READ_BATCH_SIZE, ImageSplit
+from .dataloader import READ_BATCH_SIZE, ImageSplit, RowNotes
 from .decoding import PixelBatch
 from .loading import raise_user_error
 from .reading import BadImage
@@ -91,26 +91,26 @@ class StreamingSplit(ImageSplit):
         return itertools.islice(self.read_epoch(0, 0), count)
 
     def training_batches(self, batch_size: int, first_batch: int, worker: int) -> Iterator[tuple]:
-        """Endless batches of one reader: pixels, targets, bad rows, the reader and its position after the batch.
+        """Endless batches of one reader: pixels, targets, notes, the reader and its position after the batch.
 
         The DataLoader takes batches from its workers in turn, so a resumed run deals the readers to other workers.
         """
         reader = (worker + first_batch) % self.num_readers
         first_epoch, num_read = self.positions.get(reader, (0, 0))
-        images, targets, bad, idle_epochs = PixelBatch(self.decode), [], {}, 0
+        images, targets, notes, idle_epochs = PixelBatch(self.decode), [], RowNotes(), 0
         for epoch in itertools.count(first_epoch):
             idle_epochs += 1
             rows = enumerate(self.read_epoch(reader, epoch), 1)
             for position, ((shard, row), undecoded, label) in itertools.islice(rows, num_read, None):
                 name = f"row {row} of shard {shard}"
-                image, target = self.read_row((shard, row), name, epoch, undecoded, label, bad)
+                image, target = self.read_row((shard, row), name, epoch, undecoded, label, notes)
                 if image is not None or self.on_bad_image == "error":
                     images.append(image)
                     targets.append(target)
                     idle_epochs = 0
-                if len(targets) == batch_size or (bad and self.on_bad_image == "error"):
-                    yield *self.batch(images, targets, bad), reader, (epoch, position)
-                    images, targets, bad = PixelBatch(self.decode), [], {}
+                if len(targets) == batch_size or (notes.bad and self.on_bad_image == "error"):
+                    yield *self.batch(images, targets, notes), reader, (epoch, position)
+                    images, targets, notes = PixelBatch(self.decode), [], RowNotes()
             num_read = 0
             if idle_epochs == MAX_IDLE_EPOCHS:
                 raise BadImage(
@@ -121,25 +121,25 @@ class StreamingSplit(ImageSplit):
     def training(self, batch_size: int, accumulation: int, first_step: int) -> Iterator:
         """Endless uint8 pixels (B, C, H, W) and targets (B,) or (B, K) on the device, starting at a step."""
         read = functools.partial(self.training_batches, batch_size, first_step * accumulation)
-        for pixels, targets, bad, reader, position in self.read_in_workers(read):
-            self.record_bad(bad)
+        for pixels, targets, notes, reader, position in self.read_in_workers(read):
+            self.record(notes)
             self.positions[reader] = position
             yield self.to_device(pixels, targets)
 
     def evaluation_batches(self, batch_size: int, worker: int) -> Iterator[tuple]:
-        """Full batches of one reader's rows, in order: pixels, targets and bad rows.
+        """Full batches of one reader's rows, in order: pixels, targets and notes.
 
         The targets of padding and bad images are ignored ones.
         """
         rows = self.undecoded(worker, self.shards)
         while chunk := list(itertools.islice(rows, batch_size)):
-            images, targets, bad = PixelBatch(self.decode), [], {}
+            images, targets, notes = PixelBatch(self.decode), [], RowNotes()
             for (shard, row), undecoded, label in chunk:
                 name = f"row {row} of shard {shard}"
-                image, target = self.read_row((shard, row), name, 0, undecoded, label, bad)
+                image, target = self.read_row((shard, row), name, 0, undecoded, label, notes)
                 images.append(image)
                 targets.append(target)
-            yield self.batch(images, targets, bad, batch_size)
+            yield self.batch(images, targets, notes, batch_size)
 
     def evaluation(self, batch_size: int) -> Iterator:
         """As `training`, but every row once, and equally many batches in each process."""
@@ -147,9 +147,9 @@ class StreamingSplit(ImageSplit):
         batches = self.read_in_workers(functools.partial(self.evaluation_batches, batch_size))
         while self.context.any_process((batch := next(batches, None)) is not None):
             if batch is None:
-                batch = self.batch(PixelBatch(self.decode), [], {}, batch_size)
-            pixels, targets, bad = batch
-            self.record_bad(bad)
+                batch = self.batch(PixelBatch(self.decode), [], RowNotes(), batch_size)
+            pixels, targets, notes = batch
+            self.record(notes)
             yield self.to_device(pixels, targets)
 
     def read_in_workers(self, read: Callable[[int], Iterator]) -> Iterator:

@@ -55,8 +55,9 @@ def without_crops(split: MapStyleSplit) -> MapStyleSplit:
     """The split with images as in evaluation, although training crops them at random."""
     if not split.decode.crop_min_area:
         return split
-    whole, decode = copy.copy(split), split.decode
-    whole.decode = type(decode)(decode.processor, decode.shape, decode.arrays, 0.0, decode.seed, decode.sources)
+    whole = copy.copy(split)
+    whole.decode = copy.copy(split.decode)
+    whole.decode.crop_min_area = 0.0
     return whole
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import safetensors
 
+from ..data.decoding import DEEP, same_pixels_code
 from ..files import MODEL_FIELDS, PREPROCESSOR, RECORD, RECORD_FIELDS, has_head, read_json, read_metrics
 from .markdown import fenced, markdown
 from .outgoing import RECIPE, cut_record, recipe_text
@@ -144,6 +145,8 @@ def summary(facts: Facts) -> str:
         with safetensors.safe_open(path, "pt") as file:
             parameters += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     dataset, base, config = markdown(facts.dataset.get("name", "")), markdown(facts.base_model), facts.config
+    if base and (revision := facts.record.get("base_model_revision")):
+        base += f" (revision `{markdown(revision)}`)"
     origin = ""
     if dataset:
         origin = f" fine-tuned from {base} on {dataset}" if base else f" trained on {dataset}"
@@ -254,6 +257,27 @@ def plural(count: float, noun: str) -> str:
     return f"{count:,.4g} {noun}" if count == 1 else f"{count:,.4g} {noun}s"
 
 
+def changed_images(facts: Facts) -> str:
+    """Which images a pipeline sees with other pixels than the training did, and the code that avoids it."""
+    changed, bit_depth = facts.record.get("changed_images") or {}, facts.dataset.get("bit_depth") or 16
+    if not changed and facts.dataset.get("has_16_bit_images"):
+        changed = {DEEP: None}  # of a run before the images were counted, or not at its end
+    if not changed:
+        return ""
+    counts = [
+        f"{count:,} images ({markdown(reason)})" if count else markdown(reason) for reason, count in changed.items()
+    ]
+    code = same_pixels_code(" ".join(changed), bit_depth)
+    imports = ["import numpy as np"] if any("np." in line for line in code) else []
+    imports += ["from PIL import Image", ""]
+    kinds = markdown(", ".join(counts))
+    return (
+        f"A pipeline sees other pixels than the training of these images: {kinds}. Training scaled gray values to 8 "
+        "bits and drew transparent images on white. To do the same, before the pipeline:\n\n"
+        f"{fenced(chr(10).join([*imports, *code]), 'python')}\n"
+    )
+
+
 def limitations(facts: Facts) -> str:
     """What the checkpoint is for, what it outputs, and what it was not evaluated for."""
     labels, problem = list(facts.config.get("id2label", {}).values()), facts.config.get("problem_type")
@@ -262,11 +286,8 @@ def limitations(facts: Facts) -> str:
     if facts.dataset:
         dataset = markdown(facts.dataset["name"])
         lines.append(f"It is meant for images like those in {dataset}, and as a starting point for fine-tuning.")
-        if facts.dataset.get("has_16_bit_images"):
-            lines.append(
-                "Training rescaled 16-bit images to 8 bits, but a pipeline clips them at 255. Convert 16-bit images to "
-                "8-bit images before you pass them to a pipeline."
-            )
+    if changed := changed_images(facts):
+        lines.append(changed)
     if not has_head(facts.config):
         lines.append("It outputs features, not classes.")
     elif facts.task == "image-feature-extraction":

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..conversion.convert import Checkpoint
-from ..files import read_json
+from ..files import INHERITED, read_json
 from .card import build_card, render
 from .card_text import PLACEHOLDER, bullets, join
 from .markdown import fenced, markdown
@@ -41,5 +41,6 @@ def exported_card(checkpoint: Checkpoint, folder: Path, library: str) -> str:
         f"## Use\n\n{fenced(snippet, 'python')}",
         f"## Conversion\n\n{bullets(map(markdown, checkpoint.report))}" if checkpoint.report else "",
     ]
-    data = {"library_name": library, "pipeline_tag": task, **checkpoint.inherited}
+    inherited = {name: value for name, value in checkpoint.inherited.items() if name in INHERITED}
+    data = {"library_name": library, "pipeline_tag": task, **inherited}
     return render(data, "\n\n".join(filter(None, sections)))

@@ -8,11 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi
 
-from ..data.dataloader import has_16_bit_images
+from ..conversion.convert import Checkpoint
 from ..data.loading import ImageData
-from ..files import NETWORK_ERRORS, ROOT, UserError, inherited
+from ..files import NETWORK_ERRORS, ROOT, UserError
 from ..training.config import TrainConfig
 from .network import announced, with_retries
 from .outgoing import copy_regular_files
@@ -23,24 +23,13 @@ from .verify import shared_names
 WAIT_SECONDS = 600  # that the end of a run waits for the push of a checkpoint
 
 
-def base_of(path: str | None) -> dict:
-    """License and base model of a run that starts from a checkpoint, in a folder or on the Hub."""
-    if path is None:
-        return {}
-    if Path(path).exists():
-        return inherited(Path(path))
-    with contextlib.suppress(UserError, *NETWORK_ERRORS):
-        return inherited(Path(hf_hub_download(path, "README.md")).parent) | {"base_model": path}
-    return {"base_model": path}
-
-
-def check_hub(config: TrainConfig):
+def check_hub(config: TrainConfig, base: Checkpoint | None):
     """Checks before training that a push at the end can succeed.
 
     Raises:
         UserError: there is no license or no login.
     """
-    if config.license is None and "license" not in base_of(config.model_name_or_path):
+    if config.license is None and "license" not in (base.inherited if base else {}):
         raise UserError("--push_to_hub needs --license, such as apache-2.0")
     try:
         with_retries("checking the login", HfApi().whoami)
@@ -48,10 +37,11 @@ def check_hub(config: TrainConfig):
         raise UserError(f"--push_to_hub needs a login (hf auth login, or HF_TOKEN): {error}") from error
 
 
-def record_run(config: TrainConfig, data: ImageData, folder: Path):
+def record_run(config: TrainConfig, data: ImageData, base: Checkpoint | None, folder: Path):
     """Records what the model card needs and no other file contains: the dataset and the base model."""
-    base = base_of(config.model_name_or_path)
-    base["base_model_relation"] = "finetune" if "base_model" in base else None
+    facts = dict(base.inherited) if base else {}
+    facts["base_model_relation"] = "finetune" if "base_model" in facts else None
+    facts["remarks"] = base.report if base and not base.origin.startswith("vit_simple ") else None
     name, revision = config.dataset_name, config.dataset_revision
     on_hub = not Path(name).exists() and not (ROOT / name).exists()
     if on_hub:
@@ -64,9 +54,10 @@ def record_run(config: TrainConfig, data: ImageData, folder: Path):
         "config": config.dataset_config_name,
         "revision": revision,
         "images": data.sizes["train"],
-        "has_16_bit_images": has_16_bit_images(data),
+        "has_16_bit_images": data.bit_depth is not None,
+        "bit_depth": data.bit_depth,
     }
-    record(folder, dataset=dataset, **base)
+    record(folder, dataset=dataset, **facts)
 
 
 def share(config: TrainConfig, folder: Path, title: str) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -84,6 +85,17 @@ def gather_bad_images(splits: Splits) -> dict[str, dict[str, str]]:
         name: dict(item for items in gather_object([list(split.bad.items())]) for item in items)
         for name, split in splits.items()
     }
+
+
+def count_changed_images(splits: Splits) -> dict[str, int]:
+    """How many images a pipeline sees with other pixels: reason, see `load_rgb` -> number. Called by every process."""
+    changed = {
+        (name, row): reason
+        for name, split in splits.items()
+        for items in gather_object([list(split.changed.items())])
+        for row, reason in items
+    }
+    return dict(sorted(Counter(changed.values()).items()))
 
 
 class Checkpoints:

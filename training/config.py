@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from ..data.labels import MULTI, REGRESSION, SINGLE
 from ..files import ROOT, UserError
 from .optim import SCHEDULES
 
@@ -46,6 +47,15 @@ class TrainConfig:
     label_column_name: str | None = option(
         "data", None, None, "column with classes, lists of classes, or numbers (default: the only such column)"
     )
+    problem_type: str | None = option(
+        "data",
+        None,
+        (SINGLE, MULTI, REGRESSION),
+        "what the labels are (default: integers and words are classes, floats are numbers)",
+    )
+    on_missing_label: str = option(
+        "data", "error", ("error", "skip"), "stop at rows without a label, or leave them out"
+    )
     train_val_split: float = option("data", 0.1, "[0, 1)", "fraction of train held out if there is no validation split")
     max_train_samples: int | None = option("data", None, COUNT, "train on a random subset of this size")
     max_eval_samples: int | None = option("data", None, COUNT, "evaluate on random subsets of this size")
@@ -60,7 +70,8 @@ class TrainConfig:
         "data",
         None,
         "(0, 1]",
-        "fraction of the short side kept in evaluation (default: 0.875 with random crops, otherwise 1)",
+        "fraction of the short side kept in evaluation (default: the checkpoint's; from scratch 0.875 with random "
+        "crops, otherwise 1)",
     )
     streaming: bool = option("data", False, None, "stream the dataset instead of downloading it")
     shuffle_buffer_size: int = option("data", 1000, COUNT, "shuffle buffer of each streaming worker, in rows")
@@ -80,14 +91,26 @@ class TrainConfig:
     on_bad_image: str = option(
         "data", "error", ("error", "skip"), "stop at an image that cannot be decoded, or skip it"
     )
+    bit_depth: int | None = option(
+        "data", None, "[8, 16]", "bits of gray images with more than 8 (default: as the first training images show)"
+    )
 
     variant: str | None = option("model", None, None, "model size and patch size, such as Ti/16 (default: S/16)")
-    image_size: int | None = option("model", None, COUNT, "image height and width in pixels (default: 224)")
+    image_size: int | None = option(
+        "model", None, COUNT, "image height and width in pixels (default: 224, or the checkpoint's)"
+    )
     model: dict | None = option(
         "model", None, None, "ViTSimpleConfig fields as YAML; replaces --variant and --image_size"
     )
     model_name_or_path: str | None = option(
-        "model", None, None, "folder or Hub id of a checkpoint to fine-tune or evaluate (default: train from scratch)"
+        "model",
+        None,
+        None,
+        "checkpoint to fine-tune or evaluate: a folder, file or Hub id, of vit_simple, timm or transformers (default: "
+        "train from scratch)",
+    )
+    conversion: dict | None = option(
+        "model", None, None, "options of convert_checkpoint.py as YAML, for what that checkpoint does not state"
     )
     initialization: str = option(
         "model",
@@ -103,7 +126,12 @@ class TrainConfig:
 
     num_train_epochs: int = option("optimization", 100, COUNT, "number of epochs")
     max_steps: int | None = option("optimization", None, COUNT, "number of optimizer steps, instead of epochs")
-    per_device_train_batch_size: int = option("optimization", 128, COUNT, "images per batch and process")
+    per_device_train_batch_size: int | None = option(
+        "optimization",
+        None,
+        COUNT,
+        "images per batch and process (default: 128, or a quarter of fewer than 512 training images)",
+    )
     gradient_accumulation_steps: int = option("optimization", 1, COUNT, "batches per optimizer step")
     per_device_eval_batch_size: int = option("optimization", 256, COUNT, "images per evaluation batch and process")
     learning_rate: float = option("optimization", 1e-3, AMOUNT, "peak learning rate of AdamW")
@@ -198,20 +226,18 @@ class TrainConfig:
         if self.streaming and (self.max_train_samples is not None or self.max_eval_samples is not None):
             raise UserError("--max_train_samples and --max_eval_samples cannot be combined with --streaming")
         if self.model_name_or_path is not None:
-            for name in ("variant", "image_size", "model"):
+            for name in ("variant", "model"):
                 if getattr(self, name) is not None:
                     raise UserError(
-                        f"--{name} cannot be combined with --model_name_or_path: "
-                        "the checkpoint defines the architecture"
+                        f"--{name} cannot be combined with --model_name_or_path: the checkpoint defines the "
+                        "architecture; --image_size and --drop_path_rate can be changed"
                     )
             if self.initialization != "random":
                 raise UserError(
                     "--initialization cannot be combined with --model_name_or_path: the checkpoint has its weights"
                 )
-            if self.crop_pct is not None:
-                raise UserError(
-                    "--crop_pct cannot be combined with --model_name_or_path: the checkpoint's image processor is used"
-                )
+        elif self.conversion is not None:
+            raise UserError("--conversion needs --model_name_or_path, the checkpoint to convert")
         if self.push_to_hub != (self.hub_model_id is not None):
             raise UserError("--push_to_hub and --hub_model_id must be given together")
         if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
@@ -332,9 +358,12 @@ def parse_config(arguments: list[str], description: str = "") -> TrainConfig:
     if path is None and "dataset_name" not in given:
         path = ROOT / "recipes/digits.yaml"
     recipe = read_recipe(Path(path)) if path is not None else {}
-    architecture = {"variant", "image_size", "model", "model_name_or_path"}
-    if architecture & given.keys():  # the command line's model replaces the recipe's
-        recipe = {name: value for name, value in recipe.items() if name not in architecture}
+    replaced = set()  # the command line's model replaces the recipe's
+    if {"variant", "model", "model_name_or_path"} & given.keys():
+        replaced = {"variant", "image_size", "model", "model_name_or_path", "conversion"}
+    elif "image_size" in given:
+        replaced = {"model"}
+    recipe = {name: value for name, value in recipe.items() if name not in replaced}
     return TrainConfig(**{name: convert(name, value) for name, value in {**recipe, **given}.items()})
 
 

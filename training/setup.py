@@ -2,36 +2,55 @@
 
 import contextlib
 import functools
-import json
-from pathlib import Path
+from dataclasses import replace
 
 import PIL.Image
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
 from ..configuration_vit_simple import OWN_FIELDS, ViTSimpleConfig, label_maps, pair
-from ..data.dataloader import MapStyleSplit, fits_in_cache, have_equal_sizes, seed_for
+from ..conversion.convert import Checkpoint
+from ..data.dataloader import MapStyleSplit, find_bit_depth, fits_in_cache, have_equal_sizes, seed_for
 from ..data.decoding import Decoder
 from ..data.labels import REGRESSION, SINGLE, Labels
 from ..data.loading import ImageData, load_image_data
 from ..data.processors import open_processor, stock_processor
 from ..data.streaming import StreamingSplit
-from ..files import SAFETENSORS, UserError, check_weights
+from ..files import UserError, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
+from .base import base_processor, load_base_model, open_base, summary
 from .config import TrainConfig, unknown
 from .devices import build_loader_context, on_main_process, require_memory
 from .initialization import initialize_mimetic
 from .step import compile_blocks
+
+FEW_IMAGES = 1000  # with fewer, a model from scratch may learn next to nothing
+DEFAULT_BATCH_SIZE = 128
+
+
+def open_inputs(config: TrainConfig, accelerator: Accelerator) -> tuple[TrainConfig, ImageData, Checkpoint | None]:
+    """The options with the defaults that follow from the dataset, the dataset, and the checkpoint to start from.
+
+    Prints what should be known of the dataset.
+
+    Raises:
+        UserError: see `open_base` and `load_data`; the options do not suit the size of the dataset.
+    """
+    with accelerator.local_main_process_first():  # which downloads it
+        base = open_base(config)
+    data = load_data(config, accelerator)
+    if not config.eval_only:
+        config = fit_to_size(config, data, accelerator.num_processes)
+    for line in data.report:
+        accelerator.print(terminal_text(line))
+    return config, data, base
 
 
 def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
     """The dataset that the options ask for.
 
     Raises:
-        UserError: it cannot be loaded, or the options do not suit its labels or its size.
+        UserError: it cannot be loaded, or the options do not suit its labels.
     """
     # One process prepares the dataset, then the others read it.
     with contextlib.nullcontext() if config.streaming else accelerator.local_main_process_first():
@@ -47,6 +66,8 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
             seed=config.seed,
             streaming=config.streaming,
             count_classes=config.class_weights is not None,
+            problem_type=config.problem_type,
+            on_missing_label=config.on_missing_label,
             on_main_process=functools.partial(on_main_process, accelerator),
         )
     problem = data.labels.problem_type
@@ -54,13 +75,42 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
         raise UserError(f"--label_smoothing_factor needs one class per image, but the labels are {problem}")
     if problem == REGRESSION and config.class_weights:
         raise UserError("--class_weights needs classes, but the labels are numbers (regression)")
-    images_per_batch = data.sizes["train"] // accelerator.num_processes // config.gradient_accumulation_steps
-    if images_per_batch < config.per_device_train_batch_size and not config.eval_only:
-        raise UserError(
-            f"--per_device_train_batch_size: expected at most {images_per_batch}, so that the training images fill one "
-            f"step, got {config.per_device_train_batch_size}"
+    if (found := find_bit_depth(data)) is not None:
+        data.bit_depth = config.bit_depth or found
+        data.report.append(
+            f"gray images of {data.bit_depth} bits are scaled to 8 bits, while pipelines clip their values at 255; "
+            "--bit_depth sets another number"
         )
     return data
+
+
+def fit_to_size(config: TrainConfig, data: ImageData, num_processes: int) -> TrainConfig:
+    """The options with a batch size that suits the number of training images, and a warning if they are few.
+
+    Raises:
+        UserError: the images do not fill one step.
+    """
+    count = data.sizes["train"]
+    images_per_batch = count // num_processes // config.gradient_accumulation_steps
+    batch_size = config.per_device_train_batch_size
+    if batch_size is None:
+        batch_size = max(1, min(DEFAULT_BATCH_SIZE, images_per_batch // 4))
+        if batch_size < DEFAULT_BATCH_SIZE:
+            data.report.append(
+                f"the batch size is {batch_size}, so that the {count} training images make at least four steps per "
+                "epoch; --per_device_train_batch_size sets another"
+            )
+    if images_per_batch < batch_size:
+        raise UserError(
+            f"--per_device_train_batch_size: expected at most {images_per_batch}, so that the training images fill one "
+            f"step, got {batch_size}"
+        )
+    if count < FEW_IMAGES and config.model_name_or_path is None:
+        data.report.append(
+            f"{count} training images are few for a model that starts from scratch: it may learn next to nothing; "
+            "--model_name_or_path CHECKPOINT starts from pretrained weights"
+        )
+    return replace(config, per_device_train_batch_size=batch_size)
 
 
 def label_fields(labels: Labels) -> dict:
@@ -99,12 +149,16 @@ def build_model_config(config: TrainConfig, labels: Labels, channels: int = 3) -
         raise UserError(str(error)) from error  # it begins with the name of the field
 
 
-def build_model(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSimpleForImageClassification:
+def build_model(
+    config: TrainConfig, labels: Labels, channels: int = 3, base: Checkpoint | None = None
+) -> ViTSimpleForImageClassification:
     """The model with initial weights drawn by the seed, or those of the checkpoint, with a new head for new labels.
 
+    Args:
+        base: the checkpoint; its report gets a line about what was taken, and its tensors are moved into the model.
+
     Raises:
-        UserError: see `build_model_config`; the checkpoint cannot be read, has another model type or other channels or,
-            for --eval_only, other labels.
+        UserError: see `build_model_config`; the checkpoint has other channels or, for --eval_only, other labels.
     """
     torch.manual_seed(seed_for(config.seed, "weights"))
     if config.model_name_or_path is None:
@@ -114,14 +168,11 @@ def build_model(config: TrainConfig, labels: Labels, channels: int = 3) -> ViTSi
         if config.initialization == "mimetic":
             initialize_mimetic(model)
     else:
-        model = load_model(config)
+        has_head = "head.weight" in base.tensors
+        model = load_base_model(base, config, channels)
         require_model_and_batch(config, model.config)
-        if model.config.num_channels != channels:
-            raise UserError(
-                f"--model_name_or_path: expected a checkpoint for {channels} channels, "
-                f"got one for {model.config.num_channels}"
-            )
-        fit_head(model, labels, config.eval_only)
+        head = fit_head(model, labels, config.eval_only, has_head)
+        base.report.insert(0, summary(base, model, head))
     if config.freeze_backbone:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
@@ -142,50 +193,47 @@ def require_model_and_batch(config: TrainConfig, model_config: ViTSimpleConfig):
     positions = height // patch_height * (width // patch_width) * hidden
     blocks = depth * hidden * (4 * hidden + 2 * model_config.intermediate_size)
     require_memory(4 * (positions + blocks), f"a model of {depth} blocks of width {hidden} at {height}x{width} pixels")
-    count, padding = config.per_device_train_batch_size, config.crop_padding
+    count, padding = config.per_device_train_batch_size or DEFAULT_BATCH_SIZE, config.crop_padding
     require_memory(
         count * model_config.num_channels * (height + 2 * padding) * (width + 2 * padding),
         f"--per_device_train_batch_size {count} with images of {height}x{width} pixels and --crop_padding {padding}",
     )
 
 
-def load_model(config: TrainConfig) -> ViTSimpleForImageClassification:
-    """The checkpoint in float32. Raises UserError if it cannot be read or has another model type."""
-    path = config.model_name_or_path
-    fields = {} if config.drop_path_rate is None else {"drop_path_rate": config.drop_path_rate}
-    try:
-        model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
-        if model_type != ViTSimpleConfig.model_type:
-            raise UserError(f"expected the model type vit_simple, got {model_type}")
-        model = ViTSimpleForImageClassification.from_pretrained(path, dtype=torch.float32, **fields)
-        folder = Path(cached_file(path, "config.json")).parent
-        for file in (file for pattern in SAFETENSORS for file in folder.glob(pattern)):
-            check_weights(file)
-        return model
-    except (OSError, ValueError, SafetensorError) as error:  # the config raises ValueError
-        raise UserError(f"--model_name_or_path: {path} cannot be read: {error}") from error
-
-
-def fit_head(model: ViTSimpleForImageClassification, labels: Labels, eval_only: bool):
-    """Gives a checkpoint's model a new head, unless it already has these labels.
+def fit_head(model: ViTSimpleForImageClassification, labels: Labels, eval_only: bool, has_head: bool = True) -> str:
+    """Gives a checkpoint's model a new head, unless it already has these labels; returns what became of its head.
 
     Raises:
         UserError: a new head cannot be evaluated.
     """
     class_names, problem = list(model.config.id2label.values()), model.config.problem_type or SINGLE
-    if class_names != labels.class_names or problem != labels.problem_type:
+    if eval_only and not has_head:
+        raise UserError(
+            "--eval_only: expected a checkpoint with a head for these labels, got one without a head: train it first"
+        )
+    numbered = class_names == [f"LABEL_{number}" for number in range(len(labels.class_names))]
+    if eval_only and numbered and problem == labels.problem_type == SINGLE:
+        model.config.update(label_fields(labels))
+        return "head kept, whose classes have no names: taken in the order of the dataset's"
+    if not has_head or class_names != labels.class_names or problem != labels.problem_type:
         if eval_only:
             raise UserError(
-                f"--eval_only: expected the labels of the checkpoint, {class_names} for {problem}, "
-                f"got {labels.class_names} for {labels.problem_type}"
+                f"--eval_only: expected the labels of the checkpoint, {first(class_names)} for {problem}, "
+                f"got {first(labels.class_names)} for {labels.problem_type}"
             )
         model.config.update(label_fields(labels))
         model.head = torch.nn.Linear(model.head.in_features, len(labels.class_names))
         model._init_weights(model.head)
-    elif labels.problem_type == REGRESSION:
+        return "head dropped" if has_head else "no head"
+    if labels.problem_type == REGRESSION:
         with torch.no_grad():  # the inverse of denormalize_head
             model.head.bias.sub_(labels.mean).div_(labels.std)
             model.head.weight.div_(labels.std)
+    return "head kept"
+
+
+def first(names: list[str], limit: int = 20) -> str:
+    return f"{names[:limit]}" + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def denormalize_head(weights: dict[str, torch.Tensor], labels: Labels) -> dict[str, torch.Tensor]:
@@ -197,7 +245,11 @@ def denormalize_head(weights: dict[str, torch.Tensor], labels: Labels) -> dict[s
 
 
 def processor_content(
-    config: TrainConfig, image_size: tuple[int, int], cropped: bool, array_shape: tuple[int, int, int] | None = None
+    config: TrainConfig,
+    image_size: tuple[int, int],
+    cropped: bool,
+    array_shape: tuple[int, int, int] | None = None,
+    base: Checkpoint | None = None,
 ) -> dict:
     """The content of preprocessor_config.json: the checkpoint's, or a stock one that makes RGB values in [-1, 1].
 
@@ -205,14 +257,10 @@ def processor_content(
     resized and the center is cropped. Arrays of shape (C, H, W) are only rescaled.
 
     Raises:
-        UserError: the checkpoint has no image processor; --crop_pct does not suit the images.
+        UserError: --crop_pct does not suit the images.
     """
-    if config.model_name_or_path is not None:
-        try:
-            file = cached_file(config.model_name_or_path, "preprocessor_config.json")
-        except OSError as error:
-            raise UserError(f"--model_name_or_path: it has no image processor: {error}") from error
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+    if base is not None:
+        return base_processor(base, image_size, config.crop_pct)
     height, width = image_size
     if array_shape is not None and config.crop_pct is not None:
         raise UserError("--crop_pct cannot be combined with arrays, which are neither resized nor cropped")
@@ -226,7 +274,11 @@ def processor_content(
 
 
 def build_splits(
-    config: TrainConfig, data: ImageData, image_size: tuple[int, int], accelerator: Accelerator
+    config: TrainConfig,
+    data: ImageData,
+    image_size: tuple[int, int],
+    accelerator: Accelerator,
+    base: Checkpoint | None = None,
 ) -> tuple[dict[str, MapStyleSplit | StreamingSplit], dict]:
     """The splits as pixels, decoded in memory if they are cached, and the content of preprocessor_config.json.
 
@@ -240,7 +292,7 @@ def build_splits(
     min_area = config.random_resized_crop
     if min_area is None:
         min_area = default_crop_area(config, data, shape)
-    content = processor_content(config, image_size, bool(min_area), data.array_shape)
+    content = processor_content(config, image_size, bool(min_area), data.array_shape, base)
     processor = open_processor(content)
     if data.array_shape is None:
         made = processor(PIL.Image.new("RGB", (300, 200)), return_tensors="pt").pixel_values.shape[2:]
@@ -254,7 +306,8 @@ def build_splits(
         if name == "train" and config.eval_only:
             continue
         split_area = min_area if name == "train" else 0.0
-        decode = Decoder(processor, shape, data.array_shape is not None, split_area, config.seed, data.sources)
+        is_array, bit_depth = data.array_shape is not None, config.bit_depth or data.bit_depth or 16
+        decode = Decoder(processor, shape, is_array, split_area, config.seed, data.sources, bit_depth)
         arguments = (data, name, decode, context, config.on_bad_image, config.seed)
         if config.streaming:
             splits[name] = StreamingSplit(*arguments, buffer_size=config.shuffle_buffer_size)

@@ -195,5 +195,7 @@ def test_training_on_16_bit_images_says_so_in_the_log_and_the_card(tmp_path, cap
     options += ["--max_steps", "1", "--per_device_train_batch_size", "4", "--train_val_split", "0"]
     main([*options, "--output_dir", str(tmp_path / "run")])
     printed, card = capsys.readouterr().out, (tmp_path / "run/README.md").read_text()
-    assert ("16-bit images are scaled to 8 bits here" in printed) == (dtype == np.uint16)
-    assert ("Training rescaled 16-bit images to 8 bits" in card) == (dtype == np.uint16)
+    assert ("gray images of 16 bits are scaled to 8 bits" in printed) == (dtype == np.uint16)
+    assert ("A pipeline sees other pixels than the training of these images: 8 images (more than 8 bits)" in card) == (
+        dtype == np.uint16
+    )

@@ -31,11 +31,17 @@ def learned(feature, values) -> tuple:
     return labels, counts
 
 
-@given(st.one_of(st.lists(INTEGERS, min_size=2), st.lists(st.text(), min_size=2), st.lists(st.booleans(), min_size=2)))
+@given(
+    st.one_of(
+        st.lists(INTEGERS, min_size=2),
+        st.lists(st.text().filter(str.strip), min_size=2),
+        st.lists(st.booleans(), min_size=2),
+    )
+)
 def test_classes_of_plain_values_map_back_by_their_names(values):
     feature = Value({int: "int64", str: "string", bool: "bool"}[type(values[0])])
     if len(set(values)) == 1:
-        with pytest.raises(UserError, match="--label_column_name: expected at least two classes in 'label', got"):
+        with pytest.raises(UserError, match="expected several classes in the split 'train', got only"):
             learned(feature, values)
         return
     labels, _ = learned(feature, values)
@@ -111,8 +117,9 @@ def test_labels_are_hidden_if_all_are_missing(feature, train, hidden, known):
             ["a", "b", None, None],
             r"of 'train' \(a, b\), got None in row 2 .* \(2 such rows: they have no label",
         ),
+        (Value("string"), ["a", " ", "b"], "got ' ' in row 1 .*; --on_missing_label skip leaves out the rows"),
         (Value("int64"), [*range(20), None], r"\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.\), got None in row 20"),
-        (Value("float32"), [1.0, 1.0], "expected several classes in the split 'train', got only 1.0"),
+        (Value("float32"), [1.0, 1.0], "expected different numbers in the split 'train', got only 1$"),
         (Value("float32"), [1.0, math.nan], "expected finite numbers, got nan in row 1"),
         (Value("float32"), [math.inf, None], r"expected finite numbers, got inf in row 0 .* \(2 such rows\)"),
         (ClassLabel(names=["a", "b"]), [0, 1, 2], r"expected labels from 0 to 1, got 2 in row 2"),
@@ -126,8 +133,8 @@ def test_labels_are_hidden_if_all_are_missing(feature, train, hidden, known):
         ),
         (List(Value("int64")), [[0, 1, 1], [1, 0]], r"lists of 3 numbers, each 0 or 1 .*, got \[1, 0\] in row 1"),
         (List(Value("float32")), [[0, 1], [0.5, 0]], r"got \[0.5, 0\] in row 1"),
-        (List(Value("int64")), [[], []], r"expected at least two classes in 'label', got \[\]"),
-        (List(Value("int64")), [[0, 1], [0, 1]], r"expected several classes in the split 'train', got only \(0, 1\)"),
+        (List(Value("int64")), [[], []], r"expected at least two classes in 'label', got none"),
+        (List(Value("int64")), [[0, 1], [0, 1]], r"expected several classes in the split 'train', got only '\[0, 1\]'"),
     ],
 )
 def test_bad_labels_are_named_with_their_row(feature, values, message):

@@ -186,9 +186,9 @@ def test_large_images_are_not_kept_at_their_full_size(tmp_path, monkeypatch, str
         split = StreamingSplit(data, "train", split.decode, LoaderContext(torch.device("cpu")))
     load_rgb, decoded, alive = decoding.load_rgb, [], []
 
-    def count(image):
+    def count(image, *rest):
         alive.append(sum(reference() is not None for reference in decoded))
-        image = load_rgb(image)
+        image = load_rgb(image, *rest)
         decoded.append(weakref.ref(image))
         return image
 

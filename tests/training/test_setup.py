@@ -1,10 +1,14 @@
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
 
 from tests.conftest import classes, tiny
-from vit_simple.data.processors import open_processor
+from vit_simple import ViTSimpleModel
+from vit_simple.data.processors import open_processor, stock_processor
 from vit_simple.files import UserError
+from vit_simple.training.base import open_base
 from vit_simple.training.config import TrainConfig, parse_config
 from vit_simple.training.devices import build_loader_context
 from vit_simple.training.setup import build_model, build_model_config, processor_content
@@ -29,27 +33,38 @@ def test_recipe_values_that_yaml_misreads_are_understood(tmp_path):
     assert (model_config.layerscale_value, model_config.pooling) == (1e-5, "mean")
 
 
+def write_processor(folder):
+    content = stock_processor((16, 16), 18, resample=3) | {"image_mean": [0.1, 0.2, 0.3]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     model = tiny(num_labels=3, id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)})
     model.save_pretrained(tmp_path / "checkpoint")
+    write_processor(tmp_path / "checkpoint")
     return model, str(tmp_path / "checkpoint")
+
+
+def opened(labels, **options):
+    """The model of a run that starts from a checkpoint."""
+    config = TrainConfig(**options)
+    return build_model(config, labels, base=open_base(config))
 
 
 def test_checkpoint_of_the_same_classes_keeps_its_head(checkpoint):
     model, path = checkpoint
-    fine_tuned = build_model(TrainConfig(model_name_or_path=path, drop_path_rate=0.2), classes(*NAMES))
+    fine_tuned = opened(classes(*NAMES), model_name_or_path=path, drop_path_rate=0.2)
     for (name, parameter), loaded in zip(model.named_parameters(), fine_tuned.parameters()):
         assert torch.equal(parameter, loaded), name
     assert fine_tuned.config.drop_path_rate == 0.2 and fine_tuned.dtype == torch.float32
+    assert fine_tuned.blocks[-1].drop_path.rate == 0.2
 
 
 @pytest.mark.parametrize("names", [["x", "y", "z"], ["a", "b"]])
 def test_checkpoint_of_other_classes_gets_a_head_drawn_by_seed(checkpoint, names):
     model, path = checkpoint
-    first, again, other = (
-        build_model(TrainConfig(model_name_or_path=path, seed=seed), classes(*names)) for seed in (0, 0, 1)
-    )
+    first, again, other = (opened(classes(*names), model_name_or_path=path, seed=seed) for seed in (0, 0, 1))
     assert first.head.weight.shape == (len(names), 32) and first.config.id2label == dict(enumerate(names))
     assert first.config.num_labels == len(names) and torch.equal(first.head.weight, again.head.weight)
     assert not torch.equal(first.head.weight, other.head.weight)
@@ -59,18 +74,54 @@ def test_checkpoint_of_other_classes_gets_a_head_drawn_by_seed(checkpoint, names
 def test_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
     _, path = checkpoint
     with pytest.raises(UserError, match=r"--eval_only: expected the labels of the checkpoint, \['a', 'b', 'c'\]"):
-        build_model(TrainConfig(model_name_or_path=path, eval_only=True), classes("a", "b"))
+        opened(classes("a", "b"), model_name_or_path=path, eval_only=True)
+    with pytest.raises(UserError, match=r"image_size: expected a multiple of patch_size=4, got 30"):
+        opened(classes(*NAMES), model_name_or_path=path, image_size=30)
     with pytest.raises(UserError, match=r"--model_name_or_path: .*nowhere cannot be read"):
-        build_model(TrainConfig(model_name_or_path=str(tmp_path / "nowhere")), classes(*NAMES))
-    with pytest.raises(UserError, match=r"it has no image processor: .*preprocessor_config"):
-        processor_content(TrainConfig(model_name_or_path=path), (16, 16), cropped=False)
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(UserError, match="expected the model type vit_simple, got vit"):
-        build_model(TrainConfig(model_name_or_path=str(tmp_path)), classes(*NAMES))
+        opened(classes(*NAMES), model_name_or_path=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="--conversion: 'famly' is not known, did you mean 'family'"):
+        opened(classes(*NAMES), model_name_or_path=path, conversion={"famly": "google"})
+    (tmp_path / "checkpoint/preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"--family is required.*; add --conversion '\{family: VALUE\}'"):
+        opened(classes(*NAMES), model_name_or_path=path)
+
+
+def test_checkpoint_follows_the_image_size_with_its_own_preprocessing(checkpoint):
+    model, path = checkpoint
+    config = TrainConfig(model_name_or_path=path, image_size=24)
+    base = open_base(config)
+    larger = build_model(config, classes("x", "y"), base=base)
+    expected = type(model).from_pretrained(path, image_size=24)
+    assert torch.equal(larger.pos_embed, expected.pos_embed) and larger.config.image_size == 24
+    assert base.report[0] == "vit_simple checkpoint: 0.0 M parameters, head dropped, 24 px"
+    content = processor_content(config, (24, 24), cropped=True, base=base)
+    assert content["size"] == {"shortest_edge": 27} and content["crop_size"] == {"height": 24, "width": 24}
+    assert (content["image_mean"], content["resample"]) == ([0.1, 0.2, 0.3], 3)
+    cropped = processor_content(TrainConfig(model_name_or_path=path, crop_pct=0.5), (16, 16), True, base=base)
+    assert cropped["size"] == {"shortest_edge": 32} and cropped["image_mean"] == [0.1, 0.2, 0.3]
+
+
+def test_checkpoint_without_head_cannot_be_evaluated(checkpoint, tmp_path):
+    model, path = checkpoint
+    backbone = ViTSimpleModel(model.config)
+    backbone.save_pretrained(path)
+    with pytest.raises(UserError, match="--eval_only: expected a checkpoint with a head for these labels"):
+        opened(classes(*NAMES), model_name_or_path=path, eval_only=True)
+    trained = opened(classes(*NAMES), model_name_or_path=path)
+    assert torch.equal(trained.pos_embed, backbone.pos_embed) and trained.head.weight.std() > 0
+
+
+def test_checkpoint_without_class_names_is_evaluated_by_number(tmp_path):
+    model = tiny(num_labels=3)
+    model.save_pretrained(tmp_path)
+    write_processor(tmp_path)
+    evaluated = opened(classes(*NAMES), model_name_or_path=str(tmp_path), eval_only=True)
+    assert torch.equal(evaluated.head.weight, model.head.weight)
+    assert evaluated.config.id2label == dict(enumerate(NAMES))
 
 
 def test_freeze_backbone_trains_only_the_head(checkpoint):
-    model = build_model(TrainConfig(model_name_or_path=checkpoint[1], freeze_backbone=True), classes(*NAMES))
+    model = opened(classes(*NAMES), model_name_or_path=checkpoint[1], freeze_backbone=True)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 

@@ -1,0 +1,79 @@
+"""What `datasets` leaves out of a folder of images, and why it finds no classes in one."""
+
+import os
+from collections import Counter
+from pathlib import Path, PurePosixPath
+
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+IMAGES = frozenset(ImageFolder.EXTENSIONS)
+# Files that lie beside images: texts, tables, archives (which are read) and what an operating system leaves.
+OTHERS = frozenset(
+    f".{name}"
+    for name in (
+        *("txt", "md", "rst", "pdf", "csv", "tsv", "json", "jsonl", "xml", "yaml", "yml", "html", "log", "py", "ipynb"),
+        *("parquet", "arrow", "tar", "zip", "gz", "tgz", "bz2", "xz", "7z", "rar", "db", "ini", "lnk", "url", "pkl"),
+    )
+)
+
+
+def files_in(folder: Path) -> list[PurePosixPath]:
+    """The files in a folder that `datasets` looks at, relative to it: none that is hidden or in a hidden folder."""
+    found = []
+    for path, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        relative = PurePosixPath(Path(path).relative_to(folder).as_posix())
+        found += [relative / name for name in sorted(names) if not name.startswith((".", "__"))]
+    return found
+
+
+def left_out(folder: Path) -> str | None:
+    """A line about the files that are probably images, but whose format `datasets` does not read."""
+    unread = [file for file in files_in(folder) if file.suffix.lower() not in IMAGES | OTHERS]
+    unread = [file for file in unread if file.suffix]
+    if not unread:
+        return None
+    counts = Counter(file.suffix.lower() for file in unread)
+    first = {file.suffix.lower(): file for file in reversed(unread)}
+    kinds = ", ".join(f"{count} {suffix} ({first[suffix]})" for suffix, count in counts.most_common(5))
+    rename = "; a .mpo file only needs the name .jpg" if ".mpo" in counts else ""
+    return f"left out {len(unread)} files that are not read as images: {kinds}; convert them to JPEG or PNG{rename}"
+
+
+def why_no_classes(folder: Path) -> str | None:
+    """Why the images in a folder get no labels from the names of their folders; None if it is not known.
+
+    `datasets` takes the name of the folder that an image is in, if all images are equally deep and there are several
+    such names.
+    """
+    files = files_in(folder)
+    images = [file for file in files if file.suffix.lower() in IMAGES]
+    if not images or any(file.name in FolderBasedBuilder.METADATA_FILENAMES for file in files):
+        return None
+    depths = Counter(len(file.parts) for file in images)
+    usual = max(depths, key=lambda depth: (depths[depth], -depth))
+    example = next(file for file in images if len(file.parts) == usual)
+    others = [file for file in images if len(file.parts) != usual]
+    classes = {file.parent.name for file in images}
+    if others:
+        return (
+            f"expected all images in folders of the same depth, such as {example}, got {len(others)} elsewhere, such "
+            f"as {others[0]}: move them into the folders of their classes, or out of the dataset's folder"
+        )
+    split = example.parts[0].lower()
+    if usual == 1 or (usual == 2 and split in ("train", "training", "images", "data")):
+        return f"expected images in one folder for each class, such as train/CLASS/1.jpg, got {example}"
+    if len(classes) == 1:
+        (name,) = classes
+        return (
+            f"expected several classes, got only {name!r}, the folder of all {len(images)} images: one class cannot be "
+            f"learned; add a folder with images of another class, such as {example.parent.parent / f'not_{name}'}"
+        )
+    suffix, count = Counter(file.suffix.lower() for file in files).most_common(1)[0]
+    if suffix not in IMAGES:
+        return (
+            f"expected a folder with mostly images, got {count} {suffix} files and {len(images)} images: move the "
+            "other files to another folder"
+        )
+    return None
