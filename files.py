@@ -147,6 +147,7 @@ RECORD_FIELDS = {
     "seconds": float | None,
     "remarks": list[str] | None,
     "method": str | None,
+    "probe": float | None,
     "base_model_relation": str | None,
     **{name: str | list[str] | None for name in INHERITED},
 }

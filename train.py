@@ -28,7 +28,7 @@ from vit_simple.data.fingerprint import fingerprint
 from vit_simple.data.labels import Labels
 from vit_simple.data.streaming import StreamingSplit
 from vit_simple.files import command_errors, terminal_text, write_atomically
-from vit_simple.inference.features import are_fixed, train_on_features
+from vit_simple.inference.features import are_fixed, quick_probe, train_on_features
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.record import record
 from vit_simple.sharing.run import BackgroundPush, check_hub, record_run, share
@@ -41,9 +41,16 @@ from vit_simple.training.meter import Meter
 from vit_simple.training.metrics import METRICS_OF, Evaluation, table
 from vit_simple.training.optim import EMA, build_optimizers, schedule
 from vit_simple.training.plots import plot_run, predict_samples
-from vit_simple.training.report import optional, print_image_notes, print_results, print_saved, print_setup
+from vit_simple.training.report import (
+    optional,
+    print_end,
+    print_image_notes,
+    print_probe,
+    print_results,
+    print_setup,
+)
 from vit_simple.training.setup import build_model, build_splits, denormalize_head, open_inputs
-from vit_simple.training.step import augmented_batches, can_capture, can_train_on_features, capture, criterion
+from vit_simple.training.step import augmented_batches, can_capture, can_train_on_features, capture, criterion, probes
 
 
 @torch.no_grad()
@@ -144,6 +151,11 @@ def main(arguments: list[str] | None = None):
         record_run(config, data, base, folder)
         if config.resume_from_checkpoint:
             resume_metrics(folder, first_step)
+    if probes(config, data, accelerator):
+        images = total_steps * batch_size * accumulation * accelerator.num_processes
+        found = on_main_process(accelerator, functools.partial(quick_probe, raw_model, splits, images))
+        if is_main and found is not None:
+            record(folder, probe=print_probe(*found))
     log = functools.partial(log_metrics, accelerator, folder, steps_per_epoch)
     advice = functools.partial(how_to_resume, folder)
     background_push = BackgroundPush(config, folder)
@@ -153,6 +165,7 @@ def main(arguments: list[str] | None = None):
     batches = augmented_batches(splits["train"], augment, config, first_step, meter.waiting)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", disable=not is_main)
     model.train()
+    validations: dict[str, Evaluation] = {}
     with command_errors("train.py", advice), catch_signals() as signals, progress:
         for step in range(first_step, total_steps):
             for micro_step in range(accumulation):
@@ -250,13 +263,7 @@ def main(arguments: list[str] | None = None):
             if numbered := plot_run(folder, last_split, data.labels, result, samples):
                 record(folder, classes_shown_by_number=numbered)
             write_card(config, folder)
-    with optional("the table of results"):
-        if last_split != "test":
-            accelerator.print("there is no test split with labels")
-        if result is not None:
-            print_results(accelerator, "end", {f"{last_split} {best}": result}, data.labels.class_names)
-    print_image_notes(accelerator, splits)
-    print_saved(accelerator, folder)
+    print_end(accelerator, folder, splits, last_split, best, result, validations.get(best))
     if config.push_to_hub and is_main:
         if message := background_push.wait():
             accelerator.print(terminal_text(message))

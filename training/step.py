@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType
 from ..configuration_vit_simple import pair
 from ..data.augment import Augment
 from ..data.dataloader import MapStyleSplit, seed_for
-from ..data.labels import MULTI, REGRESSION, Labels
+from ..data.labels import MULTI, REGRESSION, SINGLE, Labels
+from ..data.loading import ImageData
 from ..data.streaming import StreamingSplit
 from ..files import UserError
 from ..modeling_vit_simple import ViTSimpleForImageClassification
@@ -40,6 +41,13 @@ def can_train_on_features(config: TrainConfig, accelerator: Accelerator) -> bool
     """Whether the options let a frozen backbone see the same images in each epoch."""
     alone = accelerator.distributed_type != DistributedType.FSDP and not config.torch_compile
     return config.freeze_backbone and config.has_fixed_images and alone and not (config.streaming or config.eval_only)
+
+
+def probes(config: TrainConfig, data: ImageData, accelerator: Accelerator) -> bool:
+    """Whether a run begins by measuring the pretrained weights that it starts from."""
+    suits = data.labels.problem_type == SINGLE and "validation" in data.splits and not config.streaming
+    is_new = config.model_name_or_path is not None and config.resume_from_checkpoint is None
+    return config.probe and suits and is_new and accelerator.distributed_type != DistributedType.FSDP
 
 
 def compile_blocks(model: ViTSimpleForImageClassification):
