@@ -143,9 +143,7 @@ class TrainConfig:
     )
     gradient_accumulation_steps: int = option("optimization", 1, COUNT, "batches per optimizer step")
     per_device_eval_batch_size: int = option("optimization", 256, COUNT, "images per evaluation batch and process")
-    learning_rate: float = option(
-        "optimization", 1e-3, AMOUNT, "peak learning rate of AdamW (fine-tuning without a recipe: chosen)"
-    )
+    learning_rate: float = option("optimization", 1e-3, AMOUNT, "peak learning rate of AdamW")
     weight_decay: float = option("optimization", 0.05, AMOUNT, "weight decay, applied to weight matrices only")
     optim: str = option(
         "optimization",

@@ -20,7 +20,6 @@ def fine_tuning_options(
     batches_per_step: int = 1,
     batch_size: int | None = None,
     head_only: bool = False,
-    lora: bool = False,
 ) -> dict[str, int | float]:
     """The options that suit a number of training images and a model.
 
@@ -29,19 +28,18 @@ def fine_tuning_options(
         batches_per_step: processes times gradient accumulation steps.
         batch_size: of one process, if the user gives it.
         head_only: the backbone is frozen; crops are off, so that its features can be kept.
-        lora: only low-rank additions and the head are trained, which takes a higher learning rate.
     """
     if batch_size is None:
         per_step = min(2 ** round(math.log2(math.sqrt(images))), images // 4, 128)
         batch_size = max(1, per_step // batches_per_step)
     learning_rate = 1.5e-4 * math.sqrt(batch_size * batches_per_step / 16) * math.sqrt(384 / width)
-    if head_only or lora:
+    if head_only:
         learning_rate *= 10
     return {
         "num_train_epochs": 100 if head_only else min(max(round(300 / math.sqrt(images)), 5), 50),
         "per_device_train_batch_size": batch_size,
         "learning_rate": float(f"{learning_rate:.2g}"),
-        "layer_decay": 1.0 if head_only or lora else 0.65,
+        "layer_decay": 1.0 if head_only else 0.65,
         "random_resized_crop": 0.0 if head_only else 0.6,
         "horizontal_flip": 0.0,  # a mirrored digit, letter or hand sign has another meaning, or none
     }
