@@ -174,6 +174,8 @@ RECORD_FIELDS = {
     "commit": str | None,
     "seconds": float | None,
     "remarks": list[str] | None,
+    "method": str | None,
+    "probe": float | None,
     "base_model_relation": str | None,
     **{name: str | list[str] | None for name in INHERITED},
 }

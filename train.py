@@ -13,12 +13,10 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -27,9 +25,10 @@ from vit_simple.configuration_vit_simple import pair
 from vit_simple.data.augment import Augment
 from vit_simple.data.dataloader import MapStyleSplit
 from vit_simple.data.fingerprint import fingerprint
-from vit_simple.data.labels import MULTI, REGRESSION, Labels
+from vit_simple.data.labels import Labels
 from vit_simple.data.streaming import StreamingSplit
 from vit_simple.files import command_errors, terminal_text, write_atomically
+from vit_simple.inference.features import are_fixed, quick_probe, train_on_features
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.record import record
 from vit_simple.sharing.run import BackgroundPush, check_hub, record_run, share
@@ -42,9 +41,16 @@ from vit_simple.training.meter import Meter
 from vit_simple.training.metrics import METRICS_OF, Evaluation, table
 from vit_simple.training.optim import EMA, build_optimizers, schedule
 from vit_simple.training.plots import plot_run, predict_samples
-from vit_simple.training.report import optional, print_image_notes, print_results, print_saved, print_setup
+from vit_simple.training.report import (
+    optional,
+    print_end,
+    print_image_notes,
+    print_probe,
+    print_results,
+    print_setup,
+)
 from vit_simple.training.setup import build_model, build_splits, denormalize_head, open_inputs
-from vit_simple.training.step import augmented_batches, can_capture, capture
+from vit_simple.training.step import augmented_batches, can_capture, can_train_on_features, capture, criterion, probes
 
 
 @torch.no_grad()
@@ -66,17 +72,6 @@ def evaluate(
         metrics.update(logits.float(), targets)
     model.train()
     return metrics.compute(accelerator)
-
-
-def criterion(
-    labels: Labels, class_weights: torch.Tensor | None
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The mean loss of logits (B, K) and targets (B, K)."""
-    if labels.problem_type == MULTI:
-        return functools.partial(F.binary_cross_entropy_with_logits, pos_weight=class_weights)
-    if labels.problem_type == REGRESSION:
-        return F.mse_loss
-    return functools.partial(F.cross_entropy, weight=class_weights)
 
 
 def export(
@@ -111,6 +106,9 @@ def main(arguments: list[str] | None = None):
     processor = next(iter(splits.values())).decode.processor
     augment = Augment(processor, len(data.labels.class_names), **config.group("augmentation")).to(accelerator.device)
     print_setup(accelerator, splits, raw_model, config.dataset_name, base)
+    if can_train_on_features(config, accelerator) and are_fixed(raw_model, splits["train"]):
+        with accelerator.main_process_first():
+            augment = train_on_features(raw_model, splits, config.label_smoothing_factor).to(accelerator.device)
     use_bf16, on_gpu = mixed_precision_of(config) == "bf16", accelerator.device.type == "cuda"
     if config.torch_compile and on_gpu:
         augment.compile()
@@ -153,6 +151,11 @@ def main(arguments: list[str] | None = None):
         record_run(config, data, base, folder)
         if config.resume_from_checkpoint:
             resume_metrics(folder, first_step)
+    if probes(config, data, accelerator):
+        images = total_steps * batch_size * accumulation * accelerator.num_processes
+        found = on_main_process(accelerator, functools.partial(quick_probe, raw_model, splits, images))
+        if is_main and found is not None:
+            record(folder, probe=print_probe(*found))
     log = functools.partial(log_metrics, accelerator, folder, steps_per_epoch)
     advice = functools.partial(how_to_resume, folder)
     background_push = BackgroundPush(config, folder)
@@ -162,6 +165,7 @@ def main(arguments: list[str] | None = None):
     batches = augmented_batches(splits["train"], augment, config, first_step, meter.waiting)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", disable=not is_main)
     model.train()
+    validations: dict[str, Evaluation] = {}
     with command_errors("train.py", advice), catch_signals() as signals, progress:
         for step in range(first_step, total_steps):
             for micro_step in range(accumulation):
@@ -259,13 +263,7 @@ def main(arguments: list[str] | None = None):
             if numbered := plot_run(folder, last_split, data.labels, result, samples):
                 record(folder, classes_shown_by_number=numbered)
             write_card(config, folder)
-    with optional("the table of results"):
-        if last_split != "test":
-            accelerator.print("there is no test split with labels")
-        if result is not None:
-            print_results(accelerator, "end", {f"{last_split} {best}": result}, data.labels.class_names)
-    print_image_notes(accelerator, splits)
-    print_saved(accelerator, folder)
+    print_end(accelerator, folder, splits, last_split, best, result, validations.get(best))
     if config.push_to_hub and is_main:
         command = f"python push_to_hub.py {folder} {config.hub_model_id}"
         with command_errors("train.py", lambda: f"the folder is complete; push it with {command}"):

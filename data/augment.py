@@ -171,6 +171,16 @@ class Augment(nn.Module):
         """uint8 -> float32, the processor's pixel_values bit for bit."""
         return self.scale(pixels).sub_(self.mean).div_(self.std)
 
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """Classes (B,) or float labels (B, K) -> smoothed targets (B, K)."""
+        if labels.is_floating_point():
+            targets = labels
+        else:
+            targets = (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).float()
+        if self.label_smoothing_factor:
+            targets = targets * (1 - self.label_smoothing_factor) + self.label_smoothing_factor / self.num_classes
+        return targets
+
     def draw(self, pixels: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """The draws of a batch on the device of its pixels: tables (n, B) by operation, and noise for erasing."""
         (B, _, H, W), device, draws, noise = pixels.shape, pixels.device, {}, None
@@ -201,12 +211,7 @@ class Augment(nn.Module):
         self.apply_draws = torch.compile(self.apply_draws, dynamic=False)
 
     def apply_draws(self, pixels, labels, draws, noise) -> tuple[torch.Tensor, torch.Tensor]:
-        if labels.is_floating_point():
-            targets = labels
-        else:
-            targets = (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).float()
-        if self.label_smoothing_factor:
-            targets = targets * (1 - self.label_smoothing_factor) + self.label_smoothing_factor / self.num_classes
+        targets = self.targets(labels)
         x = padded_crop(pixels, draws["crop"], self.crop_padding) if "crop" in draws else pixels
         x = torch.where(per_image(draws["flip"][0]) > 0, x.flip(3), x) if "flip" in draws else x
         x = self.scale(x)

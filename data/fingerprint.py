@@ -58,10 +58,11 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
-def hash_images(rows: Dataset, column: str) -> str:
+def hash_images(rows: Dataset, column: str, limit: int = SAMPLE_IMAGES) -> str:
+    """A hash of at most `limit` images."""
     found = hashlib.sha256()
     tables = rows.select_columns([column]).with_format("arrow")
-    for row in spread(len(rows), SAMPLE_IMAGES):
+    for row in spread(len(rows), limit):
         (value,) = column_values(tables[row : row + 1], column)
         found.update(hashlib.sha256(first_bytes(value)).digest())
     return found.hexdigest()

@@ -112,7 +112,7 @@ def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
         f"## Results\n\n{results(facts)}" if facts.result else "",
         *images,
         legend(facts) if images else "",
-        f"## Training\n\n{training(facts)}" if (facts.folder / RECIPE).exists() else "",
+        f"## Training\n\n{training(facts)}" if (facts.folder / RECIPE).exists() or "method" in facts.record else "",
         f"## Conversion\n\n{bullets(map(markdown, remarks))}" if remarks else "",
         f"## Intended use and limitations\n\n{limitations(facts)}",
         f"## Citation\n\n{CITATION}",
@@ -231,6 +231,8 @@ def training(facts: Facts) -> str:
         lines.append(
             f"dataset: {markdown(facts.dataset['name'])}{revision}, {facts.dataset['images']:,} training images"
         )
+    if "method" in record:
+        lines.append(f"method: {markdown(record['method'])}")
     if steps := [line for line in facts.metrics if line["split"] == "train"]:
         lines.append(f"length: {steps[-1]['step']:,} steps ({plural(steps[-1]['epoch'], 'epoch')})")
         speeds = sorted(line["images_per_second"] for line in steps)
@@ -243,6 +245,8 @@ def training(facts: Facts) -> str:
     if record.get("commit"):
         lines.append(f"commit of vit_simple: `{markdown(record['commit'])}`")
     commands = "".join(f"\n{fenced(command, 'bash')}\n" for command in record.get("commands", []))
+    if not (facts.folder / RECIPE).exists():
+        return f"{bullets(lines)}\n{commands}"
     options = fenced(recipe_text(facts.folder).strip(), "yaml")
     return (
         f"{bullets(lines)}\n{commands}\n<details><summary>All options ({RECIPE})</summary>\n\n{options}\n\n</details>"

@@ -14,6 +14,10 @@ from ..data.labels import MULTI, REGRESSION, SINGLE
 from ..files import ROOT, UserError
 from .optim import SCHEDULES
 
+UNDECIDED = (  # options that follow from the images and the model: see `fine_tuning_options`
+    *("num_train_epochs", "per_device_train_batch_size", "learning_rate", "layer_decay"),
+    *("random_resized_crop", "horizontal_flip"),
+)
 COUNT = "[1, inf)"
 AMOUNT = "[0, inf)"
 MAX_YAML_DEPTH = 10
@@ -31,7 +35,12 @@ class TrainConfig:
 
     Raises:
         UserError: a value is out of range, or options conflict.
+
+    Attributes:
+        undecided: names of options whose values follow from the images and the model.
     """
+
+    undecided = ()
 
     dataset_name: str = option(
         "data",
@@ -175,6 +184,13 @@ class TrainConfig:
     save_steps: int = option("run", 500, COUNT, "save a checkpoint every N steps")
     save_total_limit: int = option("run", 2, COUNT, "keep the last N checkpoints")
     report_to: str | None = option("run", None, ("tensorboard", "wandb", "trackio"), "also log to this tracker")
+    probe: bool = option(
+        "run",
+        True,
+        None,
+        "begin a run from pretrained weights with a logistic regression on their features, and warn if the run ends "
+        "below it",
+    )
     eval_only: bool = option(
         "run", False, None, "only evaluate --model_name_or_path on the validation and test splits; write nothing"
     )
@@ -248,6 +264,12 @@ class TrainConfig:
     def group(self, title: str) -> dict:
         """The options of a group by name."""
         return {name: getattr(self, name) for name, item in OPTIONS.items() if item.metadata["group"] == title}
+
+    @property
+    def has_fixed_images(self) -> bool:
+        """Whether no option of the group "augmentation" changes an image."""
+        harmless = ("label_smoothing_factor", "randaugment_magnitude")
+        return not any(value for name, value in self.group("augmentation").items() if name not in harmless)
 
 
 OPTIONS = {option.name: option for option in fields(TrainConfig)}
@@ -325,8 +347,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         title, allowed, kind = item.metadata["group"], item.metadata["allowed"], value_type(name)
         groups[title] = groups.get(title) or parser.add_argument_group(title)
         text = item.metadata["help"]
-        if item.default is not None and kind is not bool:
-            text += f" (default: {item.default})"
+        if item.default is not None and item.default is not False:
+            text += f" (default: {'true' if kind is bool else item.default})"
         value = {int: "N", float: "X", dict: "YAML", bool: "true|false"}.get(kind, name.rsplit("_", 1)[-1].upper())
         options: dict[str, typing.Any] = {"metavar": "|".join(allowed) if isinstance(allowed, tuple) else value}
         if kind is bool:
@@ -358,7 +380,10 @@ def parse_config(arguments: list[str], description: str = "") -> TrainConfig:
     elif "image_size" in given:
         replaced = {"model"}
     recipe = {name: value for name, value in recipe.items() if name not in replaced}
-    return TrainConfig(**{name: convert(name, value) for name, value in {**recipe, **given}.items()})
+    config = TrainConfig(**{name: convert(name, value) for name, value in {**recipe, **given}.items()})
+    if path is None and config.model_name_or_path is not None:
+        config.undecided = tuple(name for name in UNDECIDED if name not in given)
+    return config
 
 
 def read_recipe(path: Path) -> dict:

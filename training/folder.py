@@ -27,6 +27,7 @@ FREE = {
     "save_steps",
     "save_total_limit",
     "dataloader_num_workers",
+    "probe",
     "on_bad_image",
     "report_to",
     "push_to_hub",
@@ -157,9 +158,15 @@ def recipe_of(config: TrainConfig) -> dict:
     return recipe
 
 
-def check_recipe(folder: Path, recipe: dict):
-    """Raises UserError with the options that differ from those of the run in the folder."""
+def stored_recipe(folder: Path) -> dict:
+    """All options of the run in the folder, {} if it has not begun.
+
+    Raises:
+        UserError: train_config.yaml is damaged.
+    """
     file = folder / "train_config.yaml"
+    if not file.is_file():
+        return {}
     try:
         before = yaml.safe_load(read_text(file))
     except (yaml.YAMLError, RecursionError) as error:
@@ -168,6 +175,12 @@ def check_recipe(folder: Path, recipe: dict):
         raise UserError(f"{file}: expected a mapping of options, got {type(before).__name__}")
     before = asdict(TrainConfig()) | before
     check_types(before, {name: option.type for name, option in OPTIONS.items()}, str(file))
+    return before
+
+
+def check_recipe(folder: Path, recipe: dict):
+    """Raises UserError with the options that differ from those of the run in the folder."""
+    before = stored_recipe(folder)
     names = [name for name in recipe if name not in FREE and recipe[name] != before[name]]
     if names:
         changes = ", ".join(f"{name} was {before[name]!r}, is now {recipe[name]!r}" for name in names)

@@ -10,7 +10,7 @@ from ..conversion.convert import Checkpoint
 from ..data.decoding import same_pixels_code
 from ..data.labels import REGRESSION
 from ..data.streaming import StreamingSplit
-from ..files import terminal_text
+from ..files import RECORD, read_json, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .checkpoint import Splits, count_changed_images, gather_bad_images
 from .metrics import Evaluation, class_table, table
@@ -70,3 +70,41 @@ def print_saved(accelerator: Accelerator, folder: Path):
     accelerator.print(terminal_text(f"saved in {folder}; load it anywhere on this machine with"))
     code = f'transformers.pipeline("image-classification", "{folder.resolve()}", trust_remote_code=True)'
     accelerator.print(f"  {terminal_text(code)}")
+
+
+def print_probe(correct: int, count: int) -> float:
+    """Says what a logistic regression on the features of the initial weights gets right; returns it as a fraction."""
+    share = f"{correct} of {count} validation images ({correct / count:.1%})"
+    print(f"before training, a logistic regression on the features of the frozen backbone gets {share} right")
+    return correct / count
+
+
+def warn_below_probe(folder: Path, validation: Evaluation):
+    """Warns if a run ends with a lower accuracy than the logistic regression had before it, which the record has."""
+    before, after = read_json(folder / RECORD).get("probe"), validation.values.get("top1")
+    if before is not None and after is not None and after < before:
+        print(
+            f"warning: the validation accuracy ends at {after:.1%}, below the {before:.1%} of the logistic regression "
+            "before training: try another --learning_rate or --num_train_epochs, or the head that probe.py saves"
+        )
+
+
+def print_end(
+    accelerator: Accelerator,
+    folder: Path,
+    splits: Splits,
+    split: str | None,
+    weights: str,
+    result: Evaluation | None,
+    validation: Evaluation | None,
+):
+    """The result of these weights on a split, a warning if training was in vain, and where the result is."""
+    with optional("the table of results"):
+        if accelerator.is_main_process and validation is not None:
+            warn_below_probe(folder, validation)
+        if split != "test":
+            accelerator.print("there is no test split with labels")
+        if result is not None:
+            print_results(accelerator, "end", {f"{split} {weights}": result}, splits[split].data.labels.class_names)
+    print_image_notes(accelerator, splits)
+    print_saved(accelerator, folder)

@@ -20,6 +20,7 @@ from ..files import UserError, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .base import base_processor, load_base_model, open_base, summary
 from .config import TrainConfig, unknown
+from .defaults import with_fine_tuning_defaults
 from .devices import build_loader_context, on_main_process, require_memory
 from .initialization import initialize_mimetic
 from .step import compile_blocks
@@ -40,6 +41,8 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> tuple[TrainCon
         base = open_base(config)
     data = load_data(config, accelerator)
     if not config.eval_only:
+        if base is not None:
+            config = with_fine_tuning_defaults(config, data, base.config.hidden_size, accelerator.num_processes)
         config = fit_to_size(config, data, accelerator.num_processes)
     for line in data.report:
         accelerator.print(terminal_text(line))

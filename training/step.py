@@ -1,5 +1,6 @@
-"""What keeps a training step from waiting: compiled pieces, and batches that are augmented while others compute."""
+"""What a training step computes, and what keeps it from waiting: compiled pieces, and batches made ahead."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -8,17 +9,45 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from ..configuration_vit_simple import pair
 from ..data.augment import Augment
 from ..data.dataloader import MapStyleSplit, seed_for
+from ..data.labels import MULTI, REGRESSION, SINGLE, Labels
+from ..data.loading import ImageData
 from ..data.streaming import StreamingSplit
 from ..files import UserError
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .config import TrainConfig
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+def criterion(
+    labels: Labels, class_weights: torch.Tensor | None
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The mean loss of logits (B, K) and targets (B, K)."""
+    if labels.problem_type == MULTI:
+        return functools.partial(F.binary_cross_entropy_with_logits, pos_weight=class_weights)
+    if labels.problem_type == REGRESSION:
+        return F.mse_loss
+    return functools.partial(F.cross_entropy, weight=class_weights)
+
+
+def can_train_on_features(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether the options let a frozen backbone see the same images in each epoch."""
+    alone = accelerator.distributed_type != DistributedType.FSDP and not config.torch_compile
+    return config.freeze_backbone and config.has_fixed_images and alone and not (config.streaming or config.eval_only)
+
+
+def probes(config: TrainConfig, data: ImageData, accelerator: Accelerator) -> bool:
+    """Whether a run begins by measuring the pretrained weights that it starts from."""
+    suits = data.labels.problem_type == SINGLE and "validation" in data.splits and not config.streaming
+    is_new = config.model_name_or_path is not None and config.resume_from_checkpoint is None
+    return config.probe and suits and is_new and accelerator.distributed_type != DistributedType.FSDP
 
 
 def compile_blocks(model: ViTSimpleForImageClassification):
