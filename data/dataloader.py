@@ -12,8 +12,8 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import PIL.Image
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 from datasets import Dataset
