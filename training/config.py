@@ -40,7 +40,7 @@ class TrainConfig:
         undecided: names of options whose values follow from the images and the model.
     """
 
-    undecided = ()
+    undecided = tuple[str, ...]()
 
     dataset_name: str = option(
         "data",
