@@ -8,6 +8,7 @@ al., 2022, arXiv:2205.10287). recipes/fine_tune.yaml says what was measured.
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from ..data.loading import ImageData
 from .config import TrainConfig, convert
@@ -55,7 +56,7 @@ def with_fine_tuning_defaults(config: TrainConfig, data: ImageData, width: int, 
         return config
     if stored := stored_recipe(choose_folder(config)) if config.resume_from_checkpoint else {}:
         return replace(config, **{name: convert(name, stored[name]) for name in names})
-    chosen = fine_tuning_options(
+    chosen: dict[str, Any] = fine_tuning_options(
         data.sizes["train"],
         width,
         num_processes * config.gradient_accumulation_steps,
