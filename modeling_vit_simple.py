@@ -160,7 +160,7 @@ class ViTSimplePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         for name, parameter in module.named_parameters(recurse=False):
             if getattr(parameter, "_is_hf_initialized", False):
-                continue  # was loaded: transformers 4.57 calls this for a module of which one parameter is missing
+                continue  # was loaded: transformers 4.57 calls this if any parameter of the module is missing
             if name == "bias":
                 nn.init.zeros_(parameter)
             elif name == "gamma":

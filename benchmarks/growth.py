@@ -3,9 +3,9 @@
     python -m benchmarks.growth --small uoft-cs/cifar10
 
 A training step (forward, loss, backward, AdamW) of 4 blocks of width 384 on 2 images of 197 tokens; one of these
-numbers grows at a time. Each point is measured in its own process; its memory is the peak beyond that of the libraries.
-Images: loading a dataset and caching that many images. The plot shows the exponent between the middle and the last
-point of each line: 1 is proportional, 2 is quadratic.
+numbers grows at a time. Each point is measured in its own process; its memory is the peak minus what the
+libraries take. Images: loading a dataset and caching that many images. The plot shows the exponent between the middle
+and the last point of each line: 1 is proportional, 2 is quadratic.
 """
 
 import argparse

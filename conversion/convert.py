@@ -68,7 +68,7 @@ class Checkpoint:
 def find_weights(source: str) -> tuple[Path | None, list[Path]]:
     """The folder that describes a checkpoint, and its weight files; what is not a path is downloaded from the Hub.
 
-    A weight file with a name of its own comes without a folder: the files beside it may belong to another checkpoint.
+    For a weight file without a standard name there is no folder: the files beside it may belong to another checkpoint.
     """
     path = Path(source)
     if path.is_file():

@@ -26,9 +26,9 @@ MAX_IDLE_EPOCHS = 3  # a reader may get an empty shard in one of them
 class StreamingSplit(ImageSplit):
     """A split that is read from start to end by the readers of all processes.
 
-    In each epoch the shards are shuffled by (seed, epoch) and dealt to the readers. Shards that are left over, fewer
-    than readers, are read by all, each of which keeps its share of the rows. A reader shuffles its rows in a buffer by
-    (seed, epoch, reader).
+    In each epoch the shards are shuffled by (seed, epoch) and dealt to the readers. If the shards
+    cannot be dealt evenly, all readers read the rest, and each keeps its share of the rows. A reader shuffles its rows
+    in a buffer by (seed, epoch, reader).
 
     Args:
         buffer_size: undecoded rows in the buffer.

@@ -26,8 +26,8 @@ def build_card(
     Args:
         repo_id: USER/NAME on the Hub, for the snippet; by default a placeholder.
         tag: the revision that the snippet loads.
-        license: a license id of the Hub; by default that of the old card or of the base model.
-        old_card: the text of the old card; by default that of the folder.
+        license: a license id of the Hub; by default the old card's or the base model's.
+        old_card: the text of the old card; by default the folder's README.md.
 
     Raises:
         UserError: a file of the folder, or the old card, is damaged.

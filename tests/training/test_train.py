@@ -147,12 +147,14 @@ def test_losses_do_not_depend_on_how_a_step_is_computed(tmp_path):
     model = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
     common = [*UNCHANGED, "--model", model, "--max_eval_samples", "50"]
     expected = losses_of(tmp_path / "expected", *common)
-    for options in (
+    ways = [
         ["--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "16"],
         ["--gradient_checkpointing"],
-        ["--torch_compile"],
         ["--cache_images", "off", "--dataloader_num_workers", "2"],
-    ):
+    ]
+    # Under ATEN_CPU_CAPABILITY=default torch writes vector code that no compiler takes.
+    ways += [["--torch_compile"]] if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else []
+    for options in ways:
         assert losses_of(tmp_path / options[0], *common, *options) == pytest.approx(expected, abs=1e-5), options
 
 
