@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 from pathlib import Path
 
 import PIL.Image
@@ -19,7 +18,7 @@ from ..data.labels import REGRESSION, SINGLE, Labels
 from ..data.loading import ImageData, load_image_data
 from ..data.processors import open_processor, stock_processor
 from ..data.streaming import StreamingSplit
-from ..files import SAFETENSORS, UserError, check_weights
+from ..files import SAFETENSORS, UserError, check_weights, read_json
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .config import TrainConfig, unknown
 from .devices import build_loader_context, on_main_process, require_memory
@@ -214,7 +213,7 @@ def processor_content(
             file = cached_file(config.model_name_or_path, "preprocessor_config.json")
         except OSError as error:
             raise UserError(f"--model_name_or_path: it has no image processor: {error}") from error
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        return read_json(Path(file))
     height, width = image_size
     if array_shape is not None and config.crop_pct is not None:
         raise UserError("--crop_pct cannot be combined with arrays, which are neither resized nor cropped")
