@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None):
                         if is_main:
                             progress.write(terminal_text(background_push.start(done)))
                 if stopping:
-                    accelerator.print(terminal_text(f"stopped by a signal: {how_to_resume(folder)}"))
+                    accelerator.print("\n" + terminal_text(f"stopped by a signal: {how_to_resume(folder)}"))
                     accelerator.end_training()
                     raise SystemExit(128 + max(signals, default=signal.SIGTERM))
 

@@ -144,7 +144,9 @@ class Soak:
         """Why this end of a command is wrong; "" if it is right."""
         lines = self.log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
         last = lines[-1] if lines else ""
-        if any("Traceback" in line for line in lines):
+        # Python itself ignores what is raised while it deletes an object, and says so; that is no end of a command.
+        before = ["", *lines]
+        if any("Traceback" in line and "Exception ignored in" not in one for one, line in zip(before, lines)):
             return "a traceback"
         if fault == "kill" and status == -signal.SIGKILL:
             return ""
@@ -153,8 +155,11 @@ class Soak:
         if status in (1, 2):
             return "" if last.startswith(f"{program}: error: ") else "no line that says why"
         if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-            return "" if "stopped by" in last else "no line that says why"
-        return "" if status == 0 else "unexpected"
+            starts = ("stopped by a signal: ", f"{program}: stopped by ")
+            return "" if any(line.startswith(starts) for line in lines) else "no line that says why"
+        # A signal after the last line finds an interpreter that is ending.
+        is_over = status in (-signal.SIGTERM, -signal.SIGINT) and any("saved in" in line for line in lines)
+        return "" if status == 0 or is_over else "unexpected"
 
     def violate(self, text: str):
         lines = self.log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
@@ -210,7 +215,7 @@ class Soak:
             self.references[variant] = self.agree(folder)
             shutil.rmtree(folder)
         folder, name = self.disk / f"round-{number}", f"user/round-{number}"
-        strategy = self.random.choice([*[None] * 6, "end", "every_save"])
+        strategy = self.random.choice([*[None] * 10, "end", "every_save"])
         push = ["--push_to_hub", "--hub_model_id", name, "--hub_strategy", strategy] if strategy else []
         faults = [self.random.choice([*self.faults, *["network"] * 3 * bool(push)]) for _ in range(3)]
         self.train(folder, variant, [*options, *push], faults)
