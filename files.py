@@ -88,7 +88,6 @@ def sigterm_as_ctrl_c():
     """Lets SIGTERM end the block by KeyboardInterrupt, so that nothing temporary and no other process is left."""
 
     def interrupt(number: int, frame):
-        signal.signal(number, signal.SIG_IGN)  # the end is not interrupted again
         raise KeyboardInterrupt(number)
 
     is_main_thread = threading.current_thread() is threading.main_thread()

@@ -131,10 +131,7 @@ def override_processor(content: dict, options: dict) -> dict:
 
 def open_known_processor(content: dict) -> tuple[BaseImageProcessor, str]:
     """The image processor and its class name, without the backend."""
-    try:
-        processor = open_processor(content)
-    except ValueError as error:
-        raise UserError(f"{PREPROCESSOR}: {error}") from error
+    processor = open_processor(content)
     kind = re.sub("(Fast|Pil)$", "", type(processor).__name__)
     if kind not in KNOWN_PROCESSORS:
         raise UserError(f"{PREPROCESSOR}: expected {' or '.join(KNOWN_PROCESSORS)}, got {kind}")

@@ -1,7 +1,9 @@
 """The image processor of a model that is trained from scratch, and how any processor is opened and called."""
 
 import json
+import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,17 @@ import transformers
 from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.utils import is_torchvision_available
 
-from ..files import UserError
+from ..files import PREPROCESSOR, UserError, check_types
+
+MAX_SIDE = 2**14  # of the images that a processor makes
+FIELDS = {
+    "image_processor_type": str | None,
+    **{f"do_{name}": bool | None for name in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")},
+    **{name: int | dict[str, int | None] | None for name in ("size", "crop_size")},
+    **{name: float | list[float] | None for name in ("image_mean", "image_std")},
+    "rescale_factor": float | None,
+    "resample": int | None,
+}
 
 
 def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = None, resample: int = 2) -> dict:
@@ -46,12 +58,16 @@ def open_processor(content: dict) -> BaseImageProcessor:
     """The processor that a preprocessor_config.json describes.
 
     Raises:
-        UserError: this version of transformers needs torchvision for it, and torchvision is not installed.
+        UserError: a field has a wrong type or value; or this version of transformers needs torchvision for it, and
+            torchvision is not installed.
     """
+    check_content(content)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(content), encoding="utf-8")
+        (Path(folder) / PREPROCESSOR).write_text(json.dumps(content), encoding="utf-8")
         try:
             return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as error:  # no such type
+            raise UserError(f"{PREPROCESSOR}: {error}") from error
         except ImportError as error:
             if is_torchvision_available():
                 raise
@@ -59,6 +75,23 @@ def open_processor(content: dict) -> BaseImageProcessor:
                 f"transformers {transformers.__version__} needs torchvision to open an image processor: "
                 "pip install torchvision, or pip install 'transformers>=5.18'"
             ) from error
+
+
+def check_content(content: dict):
+    """Raises UserError if a preprocessor_config.json has a wrong type, or a value that makes no usable pixels."""
+
+    def check(name: str, expected: str, is_right: Callable[[float], bool]):
+        given = content.get(name)
+        values = given.values() if isinstance(given, dict) else given if isinstance(given, list) else [given]
+        if not all(is_right(value) for value in values if value is not None):
+            raise UserError(f"{PREPROCESSOR}: expected {name} to be {expected}, got {given}")
+
+    check_types(content, FIELDS, PREPROCESSOR)
+    check("image_mean", "finite", math.isfinite)
+    check("image_std", "positive", lambda value: 0 < value < math.inf)
+    check("rescale_factor", "in (0, 1]", lambda value: 0 < value <= 1)
+    for name in ("size", "crop_size"):
+        check(name, f"from 1 to {MAX_SIDE}", lambda value: 1 <= value <= MAX_SIDE)
 
 
 def process(processor: BaseImageProcessor, images: list[PIL.Image.Image]) -> torch.Tensor:

@@ -8,6 +8,8 @@ import torch
 from huggingface_hub import HfApi, ModelCard, get_token
 
 from ..files import NETWORK_ERRORS, RunError, UserError, terminal_text, write_atomically
+from ..training.folder import FINISHED
+from ..training.lock import LOCK
 from .card import build_card, user_text
 from .commit import Target, create_and_upload
 from .network import announced, with_retries
@@ -52,6 +54,11 @@ def push(
     """
     folder, target = Path(folder), Target(repo_id, private, revision, create_pr, tag)
     message = commit_message or f"{folder.resolve().name}, pushed by vit_simple"
+    if (folder / LOCK).exists() and not (folder / FINISHED).exists():  # earlier versions wrote neither
+        raise UserError(
+            f"FOLDER: the run in {folder} is not finished, and its weights and results may be of different steps: "
+            "resume it first"
+        )
     with snapshot(folder, shared_names(folder)) as copy:
         files, card = check_push(copy, repo_id, tag, license, message)
         if dry_run:

@@ -215,7 +215,7 @@ class Soak:
             self.references[variant] = self.agree(folder)
             shutil.rmtree(folder)
         folder, name = self.disk / f"round-{number}", f"user/round-{number}"
-        strategy = self.random.choice([*[None] * 10, "end", "every_save"])
+        strategy = self.random.choice([*[None] * 4, "end", "every_save"])
         push = ["--push_to_hub", "--hub_model_id", name, "--hub_strategy", strategy] if strategy else []
         faults = [self.random.choice([*self.faults, *["network"] * 3 * bool(push)]) for _ in range(3)]
         self.train(folder, variant, [*options, *push], faults)

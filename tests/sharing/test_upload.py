@@ -160,6 +160,12 @@ def test_dry_run_prints_files_and_card_and_changes_nothing(folder, monkeypatch, 
     assert f'model="{NAME}"' in card and f'model="{NAME}"' not in (folder / "README.md").read_text()
 
 
+def test_push_refuses_a_run_that_is_not_finished(folder):
+    (folder / "finished.json").unlink()
+    with pytest.raises(UserError, match="is not finished, and its weights and results may be of different steps"):
+        push(folder, NAME, dry_run=True)
+
+
 def test_push_requires_a_license(folder):
     edit(folder / "README.md", "license: mit\n", "")
     with pytest.raises(UserError, match="--license is required"):

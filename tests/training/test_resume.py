@@ -19,6 +19,7 @@ from vit_simple import train
 from vit_simple.files import ROOT
 from vit_simple.train import main
 from vit_simple.training.integrity import write_sums
+from vit_simple.training.interrupt import catch_signals
 
 # Every random choice that there is, checkpoints that fall between log lines and evaluations, and an average.
 RUN = [
@@ -168,6 +169,16 @@ def test_signal_saves_a_checkpoint_and_says_how_to_resume(uninterrupted, tmp_pat
         assert_same(left(folder), uninterrupted[name][0])
 
     two_at_a_time(check, [(signal.SIGINT, "cached"), (signal.SIGTERM, "streamed")])
+
+
+def test_only_a_second_ctrl_c_ends_a_run_at_once():
+    with catch_signals() as signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert signals == [signal.SIGTERM, signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
 
 
 def test_named_checkpoint_resumes_the_run(uninterrupted):

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -156,3 +157,27 @@ def test_workers_that_cannot_fit_into_memory_are_refused():
     with pytest.raises(UserError, match="--dataloader_num_workers 1000000: at least 97,656 GiB of memory are needed"):
         build_loader_context(TrainConfig(dataloader_num_workers=1_000_000), Accelerator(cpu=True))
     assert build_loader_context(TrainConfig(dataloader_num_workers=8), Accelerator(cpu=True)).num_workers == 8
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("image_std", value) for value in ([0.5, 0, 0.5], [0.5, math.inf, 0.5], "0.5", ["a"])),
+        *(("image_mean", value) for value in ([math.nan] * 3, {"r": 0.5})),
+        *(("rescale_factor", value) for value in (1e40, 0, math.nan, "1/255")),
+        *(("size", value) for value in ({"height": 10**6, "width": 10**6}, {"height": 0, "width": 16}, "16", [16, 16])),
+        *(("do_resize", value) for value in ("yes", 1)),
+        *(("resample", value) for value in ("bilinear", 2.5)),
+        ("image_processor_type", 3),
+    ],
+)
+def test_image_processor_with_a_wrong_value_names_file_and_field(field, value):
+    content = processor_content(TrainConfig(), (16, 16), cropped=False)
+    with pytest.raises(UserError, match=rf"^preprocessor_config\.json: expected {field}"):
+        open_processor({**content, field: value})
+
+
+def test_image_processor_of_an_unknown_type_is_refused():
+    content = processor_content(TrainConfig(), (16, 16), cropped=False)
+    with pytest.raises(UserError, match=r"^preprocessor_config\.json: Unrecognized image processor"):
+        open_processor({**content, "image_processor_type": "NoSuchProcessor"})
