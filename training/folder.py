@@ -29,6 +29,7 @@ FREE = {
     "dataloader_num_workers",
     "on_bad_image",
     "report_to",
+    "card_images",
     "push_to_hub",
     "hub_model_id",
     "hub_strategy",
