@@ -81,10 +81,15 @@ def rollout(attention: Sequence[torch.Tensor]) -> torch.Tensor:
     averaged over its heads and, for the residual, with the identity. Class token and registers pass on what they
     gathered.
     """
-    result = identity = torch.eye(attention[0].shape[-1], device=attention[0].device)
+    result = identity = identity_like(attention[0])
     for weights in attention:
         result = (weights.mean(dim=0) + identity) / 2 @ result
     return result
+
+
+def identity_like(weights: torch.Tensor) -> torch.Tensor:
+    """The identity, (T, T), for weights (..., T, T)."""
+    return torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
 
 
 def relevance(model: PreTrainedModel, pixel_values: torch.Tensor, label: int) -> torch.Tensor:
@@ -98,7 +103,7 @@ def relevance(model: PreTrainedModel, pixel_values: torch.Tensor, label: int) ->
         pixel_values = pixel_values.detach().requires_grad_()  # so that there are gradients if all weights are frozen
         output = model(pixel_values, interpolate_pos_encoding=True, output_attentions=True)
         gradients = torch.autograd.grad(output.logits[0, label], output.attentions)
-    result = identity = torch.eye(gradients[0].shape[-1], device=pixel_values.device)
+    result = identity = identity_like(gradients[0])
     for weights, gradient in zip(output.attentions, gradients):  # (1, h, T, T)
         result = result + (weights.detach() * gradient).relu().mean(dim=1)[0] @ result
     return result - identity
@@ -134,9 +139,9 @@ def patch_colors(patches: torch.Tensor, looked_at: torch.Tensor) -> tuple[torch.
     if looked_at[foreground].mean() < looked_at[~foreground].mean():
         foreground = ~foreground
     components = principal_components(patches[foreground], 3)
-    low, high = components.amin(dim=0), components.amax(dim=0)
-    colors = torch.zeros(len(patches), 3)
-    colors[foreground] = (components - low) / (high - low).clamp(min=1e-12)
+    low, high = components.quantile(torch.tensor([0.01, 0.99], device=patches.device), dim=0)
+    colors = torch.zeros(len(patches), 3, device=patches.device)
+    colors[foreground] = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return colors, foreground
 
 

@@ -59,12 +59,12 @@ class Explanation:
         components = blend(self.image, self.colors.numpy(), self.box, strength=0.85)
         figures = {
             "grid": draw_grid(self.image, self.box, tuple(self.rollout.shape)),
-            "attention": draw_panels(lines, f"{title} in the last block", "attention"),
-            "attention_blocks": draw_mosaic(self.attention, title, ("block", "head"), "attention"),
+            "attention": draw_panels(lines, f"{title} in the last block", "attention in each map"),
+            "attention_blocks": draw_mosaic(self.attention, title, ("block", "head"), "attention in each map"),
             "rollout": draw_panels(
                 [[image, ("attention rollout", self.over(self.rollout))]],
                 f"How much of each patch reaches {self.reader} through all blocks",
-                "rollout",
+                "rollout in each map",
             ),
             "components": draw_panels(
                 [[image, ("principal components", components)]],
@@ -76,7 +76,7 @@ class Explanation:
             figures["relevance"] = draw_panels(
                 [[found, (f"relevance for {names[self.label]}", self.over(self.relevance))]],
                 f"Which patches raise the output for {names[self.label]}",
-                "relevance",
+                "relevance in each map",
             )
         return figures
 

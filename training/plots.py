@@ -202,7 +202,7 @@ def plot_attention(model: ViTSimpleForImageClassification, samples: Samples, lab
         overlays = found.over(found.attention[-1].mean(dim=0)), found.over(found.relevance)
         for row, text, panel in zip(rows, (caption, "attention", "relevance"), (image, *overlays)):
             row.append((text, panel))
-    return draw_panels(rows, "", "in each map")
+    return draw_panels(rows, "", "attention or relevance in each map")
 
 
 def plot_positions(model: ViTSimpleForImageClassification) -> Figure:
