@@ -161,7 +161,7 @@ class TrainConfig:
         "run",
         True,
         None,
-        "show images of the dataset in the model card; false if they must not be shown: the folder then has none",
+        "show images of the dataset in the model card; false keeps them out of the folder (default: true)",
     )
 
     horizontal_flip: float = option(

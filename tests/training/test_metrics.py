@@ -91,10 +91,13 @@ def test_regression_metrics_use_the_unit_of_the_labels():
     ],
 )
 def test_worst_predictions_come_first_without_correct_ones_and_padding(problem, logits, labels, expected, captions):
-    described = Labels("label", "", [str(number) for number in range(len(logits[0]))], std=2.0)
+    kind = {SINGLE: "class", MULTI: "vector", REGRESSION: "number"}[problem]
+    described = Labels("label", kind, [str(number) for number in range(len(logits[0]))], std=2.0)
     metrics = METRICS_OF[problem](described, torch.device("cpu"))
     for number, (row, label) in enumerate(zip(logits, labels)):
-        metrics.update(torch.tensor([row]), torch.tensor([label]), torch.full((1, 3, 2, 2), number, dtype=torch.uint8))
+        metrics.update(
+            torch.tensor([row]).float(), torch.tensor([label]), torch.full((1, 3, 2, 2), number, dtype=torch.uint8)
+        )
     mistakes = metrics.compute(Accelerator(cpu=True)).mistakes
     assert mistakes.pixels[:, 0, 0, 0].tolist() == expected
     assert mistake_captions(mistakes.logits, mistakes.targets, described) == captions

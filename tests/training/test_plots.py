@@ -9,6 +9,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager, mathtext
 from PIL import Image
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from tests.conftest import classes, tiny
 from vit_simple import train
@@ -36,6 +37,14 @@ def plot(folder, *names: str) -> list[int]:
     result = Evaluation({"correct": count, "count": count}, [1.0] * count, confusion, mistakes=samples)
     tiny(num_labels=count).save_pretrained(folder)
     return plot_run(folder, "test", classes(*names), result, samples)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Saving a model shows no progress where the tests read what was printed."""
+    disable_progress_bar()
+    yield
+    enable_progress_bar()
 
 
 def plots_in(folder) -> set[str]:
