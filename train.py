@@ -69,7 +69,7 @@ def evaluate(
     for pixels, targets in split.evaluation(batch_size):
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=use_bf16):
             logits = model(augment.normalize(pixels)).logits
-        metrics.update(logits.float(), targets)
+        metrics.update(logits.float(), targets, pixels)
     model.train()
     return metrics.compute(accelerator)
 
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None):
             record(folder, seconds=None if first_step else round(time.perf_counter() - start, 1), changed_images=counts)
             write_card(config, folder)
             mark_finished(folder, total_steps)
-        if last_split is not None:
+        if last_split is not None and config.card_images:
             with optional("predictions.png"):
                 samples = predict_samples(model, splits[last_split], augment)
 

@@ -11,6 +11,7 @@ import safetensors
 
 from ..data.decoding import DEEP, same_pixels_code
 from ..files import MODEL_FIELDS, PREPROCESSOR, RECORD, RECORD_FIELDS, has_head, read_json, read_metrics
+from .card_plots import plots
 from .markdown import fenced, markdown
 from .outgoing import RECIPE, cut_record, recipe_text
 
@@ -22,11 +23,6 @@ METRICS = {  # name in metrics.jsonl: the Hub's name of the metric, and the titl
     "mae": ("mae", "mean absolute error"),
     "r2": ("r_squared", "R²"),
     "loss": ("loss", "loss"),
-}
-IMAGES = {
-    "curves.png": "Loss, {score} and learning rate",
-    "confusion.png": "Confusion matrix",
-    "predictions.png": "Predictions; errors are red",
 }
 CITATION = """```bibtex
 @article{dosovitskiy2020vit,
@@ -102,8 +98,7 @@ def join(names: str | list[str]) -> str:
 def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
     """The sections of the card; a section without facts is left out."""
     repo_id = repo_id or f"{PLACEHOLDER}/{facts.folder.resolve().name}"
-    titles = {file: title.format(score=facts.score) for file, title in IMAGES.items() if (facts.folder / file).exists()}
-    images = [f"![{title}]({file})\n\n*{title}*" for file, title in titles.items()]
+    images = plots(facts.folder, facts.score, facts.config.get("problem_type"))
     remarks = facts.record.get("remarks")
     sections = [
         f"# {markdown(repo_id.rpartition('/')[2])}",

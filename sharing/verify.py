@@ -29,11 +29,12 @@ from ..files import (
     read_json,
 )
 from . import network
+from .card_plots import PLOTS
 from .outgoing import RECIPE, environment_without_secrets
 
 AUTO_MAPS = (AUTO_MAP, {name: AUTO_MAP[name] for name in AUTO_MAP if name != "AutoBackbone"})  # now, and earlier
 REQUIRED = ("config.json", PREPROCESSOR, *CODE)
-OPTIONAL = (RECORD, RECIPE, "metrics.jsonl", "curves.png", "confusion.png", "predictions.png")
+OPTIONAL = (RECORD, RECIPE, "metrics.jsonl", *PLOTS)
 PROCESS_SECONDS = 1800  # until a fresh process must have computed its outputs
 CACHE_VARIABLES = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE"}
 # Loads a checkpoint as a user would and saves what it computes from random images.

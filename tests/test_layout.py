@@ -16,7 +16,7 @@ LEAVES = {"files", *MODEL, "__init__"}
 ALLOWED = {
     "files": set(),
     "data": {"files", "data", "configuration_vit_simple"},
-    "training": {*LEAVES, "data", "conversion", "training"},
+    "training": {*LEAVES, "data", "conversion", "inference", "training"},
     "inference": {*LEAVES, "data", "inference"},
     "conversion": {*LEAVES, "data", "conversion"},
     "sharing": {*LEAVES, "data", "training", "inference", "conversion", "sharing"},

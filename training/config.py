@@ -201,6 +201,12 @@ class TrainConfig:
         "precision for training (default: the setting of `accelerate launch`, otherwise no)",
     )
     torch_compile: bool = option("run", False, None, "compile the model")
+    card_images: bool = option(
+        "run",
+        True,
+        None,
+        "show images of the dataset in the model card; false keeps them out of the folder (default: true)",
+    )
 
     horizontal_flip: float = option(
         "augmentation", 0.5, "[0, 1]", "probability of a horizontal flip; set to 0 for digits or text"

@@ -30,6 +30,7 @@ FREE = {
     "probe",
     "on_bad_image",
     "report_to",
+    "card_images",
     "push_to_hub",
     "hub_model_id",
     "hub_strategy",

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from ..data.labels import MULTI, REGRESSION, SINGLE, Labels
 from ..data.reading import BadImage
 from ..files import terminal_text
+from .mistakes import Mistakes, Samples
 
 LARGEST_CONFUSION = 1000  # classes
 MANY_CLASSES = 30  # a table of more classes shows the ten lowest
@@ -37,11 +38,13 @@ class Evaluation:
         per_class: accuracy or average precision of each class, None for a class without images.
         confusion: number of images of each class (row) predicted as each class (column), (K, K); only for one class per
             image and at most LARGEST_CONFUSION classes.
+        mistakes: the images with the worst predictions: the most confident wrong classes, or the largest errors.
     """
 
     values: dict[str, float]
     per_class: list[float | None] = field(default_factory=list)
     confusion: torch.Tensor | None = None
+    mistakes: Samples | None = None
 
     @property
     def score(self) -> float:
@@ -54,16 +57,19 @@ class SingleLabelMetrics:
     """Accuracy of logits (B, K) and classes (B,)."""
 
     def __init__(self, labels: Labels, device: torch.device):
-        classes = len(labels.class_names)
+        classes, self.mistakes = len(labels.class_names), Mistakes()
         self.classes, self.has_confusion = classes, classes <= LARGEST_CONFUSION
         self.loss = torch.zeros(1, device=device)
         self.correct, self.correct5, self.count = torch.zeros(3, classes + 1, dtype=torch.int64, device=device)
         self.confusion = torch.zeros(classes**2 + 1 if self.has_confusion else 0, dtype=torch.int64, device=device)
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor):
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor | None = None):
         best = logits.topk(min(5, self.classes)).indices  # (B, 5)
         hits = (best == labels[:, None]).long()
         self.loss += F.cross_entropy(logits, labels, reduction="sum")
+        if pixels is not None:
+            is_wrong = (labels >= 0) & (hits[:, 0] == 0)
+            self.mistakes.update(logits.softmax(dim=-1).amax(dim=-1) * is_wrong, pixels, logits, labels)
         slots = torch.where(labels >= 0, labels, self.classes)  # the last slot does not count
         self.correct.scatter_add_(0, slots, hits[:, 0])
         self.correct5.scatter_add_(0, slots, hits.sum(1))
@@ -80,16 +86,20 @@ class SingleLabelMetrics:
         values = {"loss": loss.item() / count, "top1": correct / count, "top5": corrects5.sum().item() / count}
         per_class = [hits / images if images else None for hits, images in zip(corrects.tolist(), counts.tolist())]
         confusion = confusion.view(self.classes, self.classes) if self.has_confusion else None
-        return Evaluation({**values, "correct": correct, "count": count}, per_class, confusion)
+        mistakes = self.mistakes.compute(accelerator)
+        return Evaluation({**values, "correct": correct, "count": count}, per_class, confusion, mistakes)
 
 
 class MultiLabelMetrics:
     """Average precision of logits (B, K) and targets of zeros and ones (B, K). Keeps both for all N images."""
 
     def __init__(self, labels: Labels, device: torch.device):
-        self.logits, self.targets = [], []
+        self.logits, self.targets, self.mistakes = [], [], Mistakes()
 
-    def update(self, logits: torch.Tensor, targets: torch.Tensor):
+    def update(self, logits: torch.Tensor, targets: torch.Tensor, pixels: torch.Tensor | None = None):
+        if pixels is not None:
+            errors = (logits.sigmoid() - targets).abs().amax(dim=-1).nan_to_num(0)
+            self.mistakes.update(torch.where(errors > 0.5, errors, 0), pixels, logits, targets)
         self.logits.append(logits)
         self.targets.append(targets)
 
@@ -102,19 +112,23 @@ class MultiLabelMetrics:
         per_class = [average_precision(*pair) for pair in zip(logits.T.numpy(), targets.T.numpy() > 0)]
         known = [value for value in per_class if value is not None]
         mean = sum(known) / len(known) if known else 0.0
-        return Evaluation({"loss": loss, "map": mean, "count": len(targets)}, per_class)
+        mistakes = self.mistakes.compute(accelerator)
+        return Evaluation({"loss": loss, "map": mean, "count": len(targets)}, per_class, mistakes=mistakes)
 
 
 class RegressionMetrics:
     """Errors of predictions (B, 1) and targets (B, 1), both normalized by the mean and deviation of the labels."""
 
     def __init__(self, labels: Labels, device: torch.device):
-        self.std = labels.std
+        self.std, self.mistakes = labels.std, Mistakes()
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(5, dtype=dtype, device=device)
 
-    def update(self, predictions: torch.Tensor, targets: torch.Tensor):
+    def update(self, predictions: torch.Tensor, targets: torch.Tensor, pixels: torch.Tensor | None = None):
         is_image = ~targets.isnan()
+        if pixels is not None:
+            distances = (predictions - targets).abs().amax(dim=-1).nan_to_num(0)
+            self.mistakes.update(distances, pixels, predictions, targets)
         targets, errors = torch.where(is_image, targets, 0), torch.where(is_image, predictions - targets, 0)
         terms = (errors.square(), errors.abs(), targets, targets.square(), is_image)
         self.sums += torch.stack([term.to(self.sums.dtype).sum() for term in terms])
@@ -124,7 +138,8 @@ class RegressionMetrics:
         require_images(count)
         variance = total_squares - total**2 / count
         values = {"loss": squares / count, "mae": absolutes / count * self.std}
-        return Evaluation({**values, "r2": 1 - squares / variance if variance > 0 else 0.0, "count": int(count)})
+        values |= {"r2": 1 - squares / variance if variance > 0 else 0.0, "count": int(count)}
+        return Evaluation(values, mistakes=self.mistakes.compute(accelerator))
 
 
 METRICS_OF = {SINGLE: SingleLabelMetrics, MULTI: MultiLabelMetrics, REGRESSION: RegressionMetrics}

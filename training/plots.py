@@ -1,6 +1,7 @@
-"""The plots of a run: curves.png, confusion.png and predictions.png."""
+"""The plots of a run, which its model card shows."""
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -8,16 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import font_manager, rc_context, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..data.augment import Augment
 from ..data.dataloader import MapStyleSplit
 from ..data.labels import Labels
 from ..data.streaming import StreamingSplit
-from ..files import printable, read_metrics
+from ..files import read_metrics
+from ..inference.attention import position_similarity
+from ..inference.explanation import explain_pixels
+from ..inference.figures import draw_panels, draw_positions
+from ..inference.fonts import plain_text, readable_names
+from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .metrics import Evaluation, captions
+from .mistakes import Samples, mistake_captions
 from .report import optional
 
 TITLES = {
@@ -28,17 +35,9 @@ TITLES = {
     "lr": "learning rate",
 }
 FEW_CLASSES = 30  # a confusion matrix of more classes has no room for names and counts
-REGULAR = range(300, 501)  # weights of fonts that are neither thin nor bold
 SAMPLES = 32  # images in predictions.png
-
-
-@dataclasses.dataclass
-class Samples:
-    """Images (B, C, H, W), uint8, C = 1 or 3, the model's logits (B, K) for them, and their labels."""
-
-    pixels: torch.Tensor
-    logits: torch.Tensor
-    targets: list
+EXPLAINED = 4  # images in attention.png
+OF_DATA = ("predictions.png", "mistakes.png", "attention.png")  # plots that show images of the dataset
 
 
 @torch.no_grad()
@@ -53,8 +52,9 @@ def predict_samples(model: torch.nn.Module, split: MapStyleSplit | StreamingSpli
     pixels, targets = torch.stack([image for image, _ in samples]), [target for _, target in samples]
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # no compilation for one batch
-        logits = model(augment.normalize(pixels.to(augment.get_buffer("mean").device))).logits.float().cpu()
-    return Samples(pixels, logits, targets)
+        pixel_values = augment.normalize(pixels.to(augment.get_buffer("mean").device))
+        logits = model(pixel_values).logits.float().cpu()
+    return Samples(pixels, logits, targets, pixel_values[:EXPLAINED].cpu())
 
 
 def plot_run(
@@ -63,22 +63,41 @@ def plot_run(
     """Writes all plots of a run that its data allows; a plot that fails is left out, and a line says so.
 
     Args:
-        name, result, samples: the evaluated split, if any.
+        folder: of the run, with the checkpoint.
+        name, result: the evaluated split, if any.
+        samples: images of it that may be shown; without them, no plot shows an image.
 
     Returns:
         The classes that the plots show by number, because no font has the characters of their names.
     """
     class_names, families, numbered = readable_names(labels.class_names)
-    # Without these, a class named "$5_$10" would be parsed as a formula.
-    with rc_context({"text.parse_math": False, "text.usetex": False, "font.family": families}):
+    shown = dataclasses.replace(labels, class_names=class_names)
+    model = functools.cache(lambda: load_result(folder))
+    for file in OF_DATA:
+        (folder / file).unlink(missing_ok=True)  # of an earlier run in this folder
+    with plain_text(families):
         draw(folder / "curves.png", lambda: plot_curves(read_metrics(folder)))
         if result is not None and result.confusion is not None:
             title = f"{name}: {result.values['correct']} of {result.values['count']} correct"
             draw(folder / "confusion.png", lambda: plot_confusion(result.confusion.numpy(), class_names, title))
         if samples is not None:
-            shown = dataclasses.replace(labels, class_names=class_names)
             draw(folder / "predictions.png", lambda: plot_predictions(samples, shown))
+            if result.mistakes is not None:
+                draw(folder / "mistakes.png", lambda: plot_mistakes(result.mistakes, shown))
+            draw(folder / "attention.png", lambda: plot_attention(model(), samples, shown))
+        draw(folder / "positions.png", lambda: plot_positions(model()))
     return numbered
+
+
+def load_result(folder: Path) -> ViTSimpleForImageClassification:
+    """The checkpoint in a run's folder, on the CPU: the trained model may be compiled or spread over processes."""
+    shows_progress = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        return ViTSimpleForImageClassification.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        if shows_progress:
+            enable_progress_bar()
 
 
 def draw(path: Path, plot: Callable[[], Figure]):
@@ -92,46 +111,6 @@ def draw(path: Path, plot: Callable[[], Figure]):
             for file in (unfinished, path):
                 file.unlink(missing_ok=True)
             raise
-
-
-def readable_names(class_names: list[str]) -> tuple[list[str], list[str], list[int]]:
-    """The class names as the fonts of this machine can draw them, these fonts, and the classes that became a number."""
-    names = [printable(name) for name in class_names]
-    families, missing = fonts_for({character for name in names for character in name})
-    numbered = [number for number, name in enumerate(names) if missing.intersection(name)]
-    for number in numbered:
-        names[number] = f"class {number}"
-    return names, families, numbered
-
-
-def fonts_for(characters: set[str]) -> tuple[list[str], set[str]]:
-    """The usual font and, if it lacks some of the characters, others that have them; and the characters of no font."""
-    families = list(rcParams["font.family"])
-    missing = characters - drawn_by(font_manager.findfont(font_manager.FontProperties()), characters)
-    if not missing:
-        return families, missing
-    files = {
-        font.name: font.fname
-        for font in font_manager.fontManager.ttflist
-        if font.style == "normal" and font.weight in REGULAR and "Last Resort" not in font.name  # it draws boxes
-    }
-    drawn = {family: drawn_by(file, missing) for family, file in sorted(files.items())}
-    while missing:
-        best = max(drawn, key=lambda family: len(drawn[family] & missing))
-        if not drawn[best] & missing:
-            break
-        families.append(best)
-        missing = missing - drawn[best]
-    return families, missing
-
-
-def drawn_by(file: str, characters: set[str]) -> set[str]:
-    """The characters for which a font has a glyph."""
-    try:
-        codes = font_manager.get_font(file).get_charmap()
-    except (OSError, RuntimeError):  # a damaged font
-        return set()
-    return {character for character in characters if ord(character) in codes}
 
 
 def plot_curves(metrics: list[dict]) -> Figure:
@@ -184,18 +163,47 @@ def plot_confusion(counts: np.ndarray, class_names: list[str], title: str) -> Fi
 
 def plot_predictions(samples: Samples, labels: Labels) -> Figure:
     """A grid of images with captions, red if the prediction is wrong."""
-    images = samples.pixels.permute(0, 2, 3, 1).cpu().numpy()
     texts = captions(samples.logits, samples.targets, labels)
-    (count, height, width, channels), columns = images.shape, 8
-    rows, gap = math.ceil(count / columns), 0.2  # for a caption, as a fraction of the height
+    return plot_images(samples.pixels, [(text, "black" if correct else "tab:red") for text, correct in texts], 8)
+
+
+def plot_mistakes(samples: Samples, labels: Labels) -> Figure:
+    """The images with the worst predictions, the worst first."""
+    texts = mistake_captions(samples.logits, samples.targets, labels)
+    return plot_images(samples.pixels, [(text, "black") for text in texts], 4)
+
+
+def plot_images(pixels: torch.Tensor, texts: list[tuple[str, str]], columns: int) -> Figure:
+    """A grid of images (B, C, H, W), uint8, each below its caption in a color."""
+    images = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    count, height, width, channels = images.shape
+    lines = 1 + max(text.count("\n") for text, _ in texts)
+    rows, columns, gap = math.ceil(count / columns), min(columns, count), 0.2 * lines * width / height
     figure = Figure(figsize=(1.35 * columns, 1.35 * rows * (1 + gap) * height / width), dpi=150)
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, columns), ylim=(rows * (1 + gap), 0))
     axis.axis("off")
-    for number, (image, (caption, is_correct)) in enumerate(zip(images, texts)):
+    for number, (image, (caption, color)) in enumerate(zip(images, texts)):
         row, column = divmod(number, columns)
         top, left = row * (1 + gap) + gap, column + 0.03
         shown = image if channels == 3 else image[..., 0]
         axis.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=(left, left + 0.94, top + 0.97, top), aspect="auto")
-        ink = "black" if is_correct else "tab:red"
-        axis.text(left + 0.47, top - 0.04, caption, fontsize=7, color=ink, ha="center", va="bottom")
+        axis.text(left + 0.47, top - 0.04, caption, fontsize=7, color=color, ha="center", va="bottom")
     return figure
+
+
+def plot_attention(model: ViTSimpleForImageClassification, samples: Samples, labels: Labels) -> Figure:
+    """Some images above the attention of the last block and the relevance for the prediction."""
+    rows = [[], [], []]
+    for pixels, pixel_values, (caption, _) in zip(
+        samples.pixels, samples.pixel_values, captions(samples.logits, samples.targets, labels)
+    ):
+        image = pixels.permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        found = explain_pixels(model, pixel_values[None], image, (0, 0, image.shape[1], image.shape[0]))
+        overlays = found.over(found.attention[-1].mean(dim=0)), found.over(found.relevance)
+        for row, text, panel in zip(rows, (caption, "attention", "relevance"), (image, *overlays)):
+            row.append((text, panel))
+    return draw_panels(rows, "", "attention or relevance in each map")
+
+
+def plot_positions(model: ViTSimpleForImageClassification) -> Figure:
+    return draw_positions(position_similarity(model, model.config.grid_size))

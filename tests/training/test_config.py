@@ -33,9 +33,8 @@ def test_help_lists_every_option_with_its_default(capsys):
         main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for name, default in vars(TrainConfig()).items():
-        assert f"--{name} " in printed and (
-            default in (None, False) or f"(default: {'true' if default is True else default})" in printed
-        )
+        shown = str(default).lower() if isinstance(default, bool) else default
+        assert f"--{name} " in printed and (default in (None, False) or f"(default: {shown})" in printed)
 
 
 @pytest.mark.parametrize("recipe", ["digits", "cifar10", "imagenet_s16", "finetune_b16"])

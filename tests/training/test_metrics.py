@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from vit_simple.data.labels import IGNORED, MULTI, REGRESSION, SINGLE, Labels
 from vit_simple.data.reading import BadImage
 from vit_simple.training.metrics import METRICS_OF, Evaluation, average_precision, class_table, table
+from vit_simple.training.mistakes import mistake_captions
 
 
 def scored(problem: str, classes: int, *batches) -> Evaluation:
@@ -67,6 +68,39 @@ def test_regression_metrics_use_the_unit_of_the_labels():
     }
     assert scored(REGRESSION, 1, ([[0.5]], [[0.0]])).score > result.score
     assert np.isnan(scored(REGRESSION, 1, ([[np.nan], [1.0]], [[3.0], [1.0]])).values["mae"])
+
+
+@pytest.mark.parametrize(
+    "problem, logits, labels, expected, captions",
+    [
+        (
+            SINGLE,
+            [[9.0, 0, 0], [0, 3, 0], [0, 9, 0], [5, 0, 0], [0, 9, 0]],
+            [0, 0, IGNORED, 1, 1],
+            [3, 1],
+            ["0: 0.99\nlabel: 1", "1: 0.91\nlabel: 0"],
+        ),
+        (
+            MULTI,
+            [[9.0, -9], [9, 3], [-5, -9], [9, 9]],
+            [[1.0, 0], [1, 0], [1, 0], [np.nan, np.nan]],
+            [2, 1],
+            ["0: 0.01\nlabel: yes", "1: 0.95\nlabel: no"],
+        ),
+        (REGRESSION, [[1.0], [5.0], [0.0]], [[0.0], [8.0], [np.nan]], [1, 0], ["10\nlabel: 16", "2\nlabel: 0"]),
+    ],
+)
+def test_worst_predictions_come_first_without_correct_ones_and_padding(problem, logits, labels, expected, captions):
+    kind = {SINGLE: "class", MULTI: "vector", REGRESSION: "number"}[problem]
+    described = Labels("label", kind, [str(number) for number in range(len(logits[0]))], std=2.0)
+    metrics = METRICS_OF[problem](described, torch.device("cpu"))
+    for number, (row, label) in enumerate(zip(logits, labels)):
+        metrics.update(
+            torch.tensor([row]).float(), torch.tensor([label]), torch.full((1, 3, 2, 2), number, dtype=torch.uint8)
+        )
+    mistakes = metrics.compute(Accelerator(cpu=True)).mistakes
+    assert mistakes.pixels[:, 0, 0, 0].tolist() == expected
+    assert mistake_captions(mistakes.logits, mistakes.targets, described) == captions
 
 
 @pytest.mark.parametrize("problem, label", [(SINGLE, IGNORED), (MULTI, [np.nan] * 2), (REGRESSION, [np.nan])])

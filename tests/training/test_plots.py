@@ -9,16 +9,20 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager, mathtext
 from PIL import Image
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from tests.conftest import classes
+from tests.conftest import classes, tiny
 from vit_simple import train
+from vit_simple.inference.fonts import readable_names
 from vit_simple.sharing.card import build_card
 from vit_simple.training import plots
 from vit_simple.training.metrics import Evaluation
-from vit_simple.training.plots import Samples, plot_run, readable_names
+from vit_simple.training.mistakes import Samples
+from vit_simple.training.plots import plot_run
 
 SHORT = ["--max_steps", "2", "--max_train_samples", "64", "--per_device_train_batch_size", "32"]
-PLOTS = {"curves.png", "confusion.png", "predictions.png"}
+OF_DATA = {"predictions.png", "mistakes.png", "attention.png"}
+PLOTS = {"curves.png", "confusion.png", "positions.png", *OF_DATA}
 
 
 def plot(folder, *names: str) -> list[int]:
@@ -27,10 +31,20 @@ def plot(folder, *names: str) -> list[int]:
     line = {"step": 1, "split": "train", "loss": 1.0, "lr": 1e-3}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line | {"step": step}) + "\n" for step in (1, 2)))
     count = len(names)
-    result = Evaluation({"correct": count, "count": count}, [1.0] * count, torch.eye(count, dtype=torch.int64))
-    targets = [*range(count - 1), 0]
-    samples = Samples(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), torch.eye(count), targets)
+    targets, pixels = [*range(count - 1), 0], torch.zeros(count, 3, 16, 16, dtype=torch.uint8)
+    samples = Samples(pixels, torch.eye(count), targets, torch.zeros(1, 3, 16, 16))
+    confusion = torch.eye(count, dtype=torch.int64)
+    result = Evaluation({"correct": count, "count": count}, [1.0] * count, confusion, mistakes=samples)
+    tiny(num_labels=count).save_pretrained(folder)
     return plot_run(folder, "test", classes(*names), result, samples)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Saving a model shows no progress where the tests read what was printed."""
+    disable_progress_bar()
+    yield
+    enable_progress_bar()
 
 
 def plots_in(folder) -> set[str]:
@@ -102,6 +116,23 @@ def test_card_names_the_classes_that_plots_show_by_number(run_folder, tmp_path):
     assert "Classes that the plots show by number: 3 is 3, 7 is 7." in build_card(folder)
 
 
+def test_images_of_the_dataset_are_in_no_plot_if_none_may_be_shown(tmp_path):
+    plot(tmp_path, "cat", "dog")
+    assert plots_in(tmp_path) == PLOTS
+    mistakes = Samples(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.eye(2)[:1], [1])
+    result = Evaluation({"correct": 1, "count": 2}, [1.0], torch.eye(2, dtype=torch.int64), mistakes)
+    plot_run(tmp_path, "test", classes("cat", "dog"), result, None)
+    assert plots_in(tmp_path) == PLOTS - OF_DATA  # nor in one of an earlier run
+
+
+@pytest.mark.slow
+def test_card_images_false_leaves_no_image_of_the_dataset(tmp_path):
+    train.main([*SHORT, "--output_dir", str(tmp_path / "run"), "--card_images", "false"])
+    assert plots_in(tmp_path / "run") == PLOTS - OF_DATA
+    assert "card_images: false" in (tmp_path / "run/train_config.yaml").read_text()
+    assert not any(name in (tmp_path / "run/README.md").read_text() for name in OF_DATA)
+
+
 @pytest.mark.parametrize("name, function", [("curves.png", "plot_curves"), ("confusion.png", "plot_confusion")])
 def test_plot_that_fails_is_one_line_and_leaves_no_old_file(tmp_path, monkeypatch, capsys, name, function):
     plot(tmp_path, "cat", "dog")
@@ -118,9 +149,9 @@ def test_plot_that_cannot_be_written_is_one_line_and_leaves_no_part(tmp_path, mo
 
     monkeypatch.setattr(plots.Figure, "savefig", savefig)
     plot(tmp_path, "cat", "dog")
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".png"]
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in lines] == ["curves.png", "confusion.png", "predictions.png"]
+    assert {line.split()[0] for line in lines} == PLOTS and len(lines) == len(PLOTS)
     assert all(line.endswith("OSError: [Errno 28] No space left on device") for line in lines)
 
 
@@ -136,7 +167,7 @@ def test_run_is_complete_although_plots_or_tables_fail(tmp_path, monkeypatch, ca
     train.main([*SHORT, "--output_dir", str(tmp_path / "run")])
     printed = capsys.readouterr()
     assert "was left out: BrokenPipeError: [Errno 32] Broken pipe" in printed.err and "saved in" in printed.out
-    card, expected = (tmp_path / "run/README.md").read_text(), PLOTS - {"predictions.png"}
+    card, expected = (tmp_path / "run/README.md").read_text(), PLOTS - OF_DATA
     expected = {"plot_run": set(), "predict_samples": expected, "print_results": PLOTS}[failing]
     assert plots_in(tmp_path / "run") == expected
     assert "## Results" in card and {name for name in PLOTS if name in card} == expected

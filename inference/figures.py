@@ -1,0 +1,162 @@
+"""Figures of what a model looks at: maps of patches over images, at the images' own resolution.
+
+H W pixels of the image, which may be larger than what the model takes; rows x columns patches. A box is the part of an
+image that its patches cover: (left, upper, right, lower) in pixels, beyond the edges if the processor pads.
+"""
+
+import math
+import textwrap
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from transformers import BaseImageProcessor
+
+COLORS = colormaps["viridis"]  # brighter is more, in print and for the color-blind, too
+BRIGHTEST = 0.99  # quantile of a map from which on all is as bright: single patches may take most of the attention
+RANGE = ["lowest", "highest"]  # on a scale of colors
+DPI = 150
+PANEL = (400, 1000)  # least and most pixels of the longer side of a panel
+MAX_PANELS = 7  # rows and columns of patches whose position is shown
+
+Box = tuple[float, float, float, float]
+
+
+def box_of(processor: BaseImageProcessor, width: int, height: int) -> Box:
+    """The part of an image that its processor passes on: it resizes the image, then crops or pads at the center."""
+    options = processor.to_dict()
+    size, resized = options["size"] if options.get("do_resize") else {}, (width, height)
+    if "shortest_edge" in size:
+        shorter, longer = sorted(resized)
+        edges = {shorter: size["shortest_edge"], longer: int(size["shortest_edge"] * longer / shorter)}
+        resized = edges[width], edges[height]
+    elif size:
+        resized = size["width"], size["height"]
+    crop = options["crop_size"] if options.get("do_center_crop") else {"width": resized[0], "height": resized[1]}
+    left, upper = (resized[0] - crop["width"]) // 2, (resized[1] - crop["height"]) // 2
+    x, y = width / resized[0], height / resized[1]
+    return left * x, upper * y, (left + crop["width"]) * x, (upper + crop["height"]) * y
+
+
+def spread(values: np.ndarray, box: Box, height: int, width: int) -> np.ndarray:
+    """The value (rows, columns, ...) of the patch that covers each pixel, (H, W, ...), NaN where there is no patch."""
+    (left, upper, right, lower), (rows, columns) = box, values.shape[:2]
+    row = np.floor((np.arange(height) + 0.5 - upper) / (lower - upper) * rows).astype(int)
+    column = np.floor((np.arange(width) + 0.5 - left) / (right - left) * columns).astype(int)
+    result = values[row.clip(0, rows - 1)][:, column.clip(0, columns - 1)].astype(np.float32)
+    result[(row < 0) | (row >= rows)] = np.nan
+    result[:, (column < 0) | (column >= columns)] = np.nan
+    return result
+
+
+def overlay(image: np.ndarray, values: torch.Tensor, box: Box) -> np.ndarray:
+    """A map (rows, columns) in colors over an image, uint8 (H, W, 3); what the model does not see is gray and dim."""
+    return blend(image, COLORS(scaled(values).numpy())[..., :3], box)
+
+
+def scaled(maps: torch.Tensor) -> torch.Tensor:
+    """Each map of (..., rows, columns) from its lowest value, 0, to its highest ones, 1."""
+    values = maps.flatten(-2)
+    low, high = values.amin(dim=-1)[..., None, None], values.quantile(BRIGHTEST, dim=-1)[..., None, None]
+    return ((maps - low) / (high - low).clamp(min=1e-12)).clamp(max=1)
+
+
+def blend(image: np.ndarray, colors: np.ndarray, box: Box, strength: float = 0.65) -> np.ndarray:
+    """Colors of patches (rows, columns, 3), in [0, 1], over the shades of an image; uint8 (H, W, 3)."""
+    shades = image.mean(axis=-1, keepdims=True, dtype=np.float32) / 255
+    covered = spread(colors, box, *image.shape[:2])
+    mixed = np.where(np.isnan(covered), 0.25 * shades + 0.6, (1 - strength) * shades + strength * covered)
+    return (255 * mixed).round().astype(np.uint8)
+
+
+def fitted(title: str, figure: Figure) -> str:
+    """A title in as many lines as the width of a figure needs."""
+    return textwrap.fill(title, max(20, int(13 * figure.get_figwidth())))
+
+
+def draw_panels(panels: list[list[tuple[str, np.ndarray]]], title: str, bar: str | None = None) -> Figure:
+    """Rows of images (H, W, 3) with captions, and what bright means."""
+    height, width = panels[0][0][1].shape[:2]
+    longest = min(max(max(height, width), PANEL[0]), PANEL[1]) / DPI
+    panel_width, panel_height = longest * width / max(height, width), longest * height / max(height, width)
+    columns, wide = max(map(len, panels)), 0.8 if bar else 0
+    figure = Figure(
+        (columns * (panel_width + 0.1) + wide, len(panels) * (panel_height + 0.3) + 0.4), DPI, layout="constrained"
+    )
+    figure.suptitle(fitted(title, figure), fontsize=10)
+    axes = figure.subplots(len(panels), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, line in zip(axes, panels):
+        for axis, (caption, image) in zip(row, line):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_title(caption, fontsize=9)
+    if bar:
+        scale = figure.colorbar(ScalarMappable(Normalize(0, 1), COLORS), ax=axes, shrink=0.8, aspect=30, label=bar)
+        scale.set_ticks([0, 1], labels=RANGE)
+    return figure
+
+
+def draw_grid(image: np.ndarray, box: Box, grid: tuple[int, int]) -> Figure:
+    """The patches of an image."""
+    left, upper, right, lower = box
+    is_seen = ~np.isnan(spread(np.zeros((*grid, 1)), box, *image.shape[:2]))
+    shown = np.where(is_seen, image, blend(image, np.zeros((*grid, 3)), box))
+    note = "" if is_seen.all() else "; the model does not see what is gray"
+    figure = draw_panels([[("", shown)]], f"{grid[0]} x {grid[1]} patches{note}")
+    axis = figure.axes[0]
+    for color, width in (("black", 0.8), ("white", 0.4)):  # visible on any image
+        axis.hlines(np.linspace(upper, lower, grid[0] + 1) - 0.5, left - 0.5, right - 0.5, color, linewidth=width)
+        axis.vlines(np.linspace(left, right, grid[1] + 1) - 0.5, upper - 0.5, lower - 0.5, color, linewidth=width)
+    return figure
+
+
+def draw_mosaic(maps: torch.Tensor, title: str, labels: tuple[str, str], bar: str, own_range: bool = True) -> Figure:
+    """Maps (n, m, rows, columns) as n rows of m small ones.
+
+    Args:
+        labels: what the n rows and the m columns are.
+        own_range: each map has colors of its own from its lowest to its highest value; otherwise all share one range.
+    """
+    (n, m, rows, columns), gap = maps.shape, max(1, round(max(maps.shape[2:]) / 12))
+    if own_range:
+        maps = scaled(maps)
+    cells = torch.full((n, m, rows + gap, columns + gap), math.nan)
+    cells[..., :rows, :columns] = maps
+    mosaic = cells.permute(0, 2, 1, 3).reshape(n * (rows + gap), m * (columns + gap))[:-gap, :-gap]
+    side = min(0.9, 12 / max(n, m)) / max(rows, columns)
+    figure = Figure((mosaic.shape[1] * side + 2, mosaic.shape[0] * side + 1), DPI, layout="constrained")
+    figure.suptitle(fitted(title, figure), fontsize=10)
+    axis = figure.subplots()
+    shown = axis.imshow(mosaic.numpy(), cmap=COLORS, interpolation="nearest")
+    axis.set(xlabel=labels[1], ylabel=labels[0])
+    axis.set_xticks(np.arange(m) * (columns + gap) + (columns - 1) / 2, range(m))
+    axis.set_yticks(np.arange(n) * (rows + gap) + (rows - 1) / 2, range(n))
+    axis.tick_params(length=0, labelsize=8)
+    axis.spines[:].set_visible(False)
+    scale = figure.colorbar(shown, shrink=0.8, aspect=30, label=bar)
+    if own_range:
+        scale.set_ticks([0, 1], labels=RANGE)
+    return figure
+
+
+def some_positions(similarity: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Rows and columns, evenly spaced, of the patches that a figure has room for."""
+    return tuple(
+        np.linspace(0, side - 1, min(side, MAX_PANELS)).round().astype(int).tolist() for side in similarity.shape[:2]
+    )
+
+
+def draw_positions(similarity: torch.Tensor) -> Figure:
+    """How alike the position of some patches is to those of all, from (rows, columns, rows, columns)."""
+    rows, columns = some_positions(similarity)
+    title = "Each map compares one patch's position with the positions of all patches"
+    labels = ("row of the patch", "column of the patch")
+    figure = draw_mosaic(similarity[rows][:, columns], title, labels, "cosine similarity", own_range=False)
+    axis = figure.axes[0]
+    axis.set_xticks(axis.get_xticks(), columns)
+    axis.set_yticks(axis.get_yticks(), rows)
+    return figure
