@@ -10,6 +10,7 @@ from pathlib import Path
 import safetensors
 
 from ..files import MODEL_FIELDS, PREPROCESSOR, RECORD, RECORD_FIELDS, has_head, read_json, read_metrics
+from .exports import section as exports_section
 from .markdown import fenced, markdown
 from .outgoing import RECIPE, cut_record, recipe_text
 
@@ -103,7 +104,7 @@ def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
     repo_id = repo_id or f"{PLACEHOLDER}/{facts.folder.resolve().name}"
     titles = {file: title.format(score=facts.score) for file, title in IMAGES.items() if (facts.folder / file).exists()}
     images = [f"![{title}]({file})\n\n*{title}*" for file, title in titles.items()]
-    remarks = facts.record.get("remarks")
+    remarks, exports = facts.record.get("remarks"), facts.record.get("exports")
     sections = [
         f"# {markdown(repo_id.rpartition('/')[2])}",
         summary(facts),
@@ -111,6 +112,7 @@ def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
         f"## Results\n\n{results(facts)}" if facts.result else "",
         *images,
         legend(facts) if images else "",
+        f"## Exported models\n\n{exports_section(exports)}" if exports else "",
         f"## Training\n\n{training(facts)}" if (facts.folder / RECIPE).exists() else "",
         f"## Conversion\n\n{bullets(map(markdown, remarks))}" if remarks else "",
         f"## Intended use and limitations\n\n{limitations(facts)}",
