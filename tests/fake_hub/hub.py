@@ -32,7 +32,7 @@ from urllib.parse import parse_qs, unquote
 
 import yaml
 
-LFS_SUFFIXES = (".safetensors", ".parquet", ".png")
+LFS_SUFFIXES = (".safetensors", ".parquet", ".png", ".onnx")
 LFS_BYTES = 10 << 20  # a larger file is LFS whatever its name
 NOTHING = MappingProxyType({})
 CUTS = ("", "request", "upload", "answer", "download")

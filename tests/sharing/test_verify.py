@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.sharing.conftest import edit
 from vit_simple import ViTSimpleModel
 from vit_simple.conversion.convert import write_json
 from vit_simple.data.processors import stock_processor
-from vit_simple.files import UserError
+from vit_simple.files import ONNX_FILES, UserError
 from vit_simple.sharing.verify import check, fresh_outputs, local_outputs
 
 
@@ -100,3 +101,12 @@ def test_backbone_without_head_is_checked_by_its_features(tmp_path):
     write_json(tmp_path / "preprocessor_config.json", stock_processor((16, 16)))
     assert check(tmp_path)[1] == []
     assert fresh_outputs(str(tmp_path))["pooler_output"].shape == (2, 32)
+
+
+def test_onnx_file_of_other_weights_is_refused(exported, tmp_path):
+    folder = Path(shutil.copytree(exported, tmp_path / "digits"))
+    outputs = local_outputs(folder)
+    assert set(ONNX_FILES) < outputs.keys() and set(ONNX_FILES) < set(check(folder)[0])
+    set_weight(folder, "head.bias", 9.0)
+    with pytest.raises(UserError, match=r"onnx/model\.onnx does not compute what the weights compute: export it again"):
+        local_outputs(folder)
