@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import PIL.Image
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -13,11 +14,12 @@ from ..data.processors import open_processor
 from ..files import ONNX_FILES, PREPROCESSOR, RECORD, RECORD_FIELDS, SAFETENSORS, UserError, has_head, read_json
 from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
 from .compiling import AOT_FILES, open_compiled, write_compiled
-from .measuring import BATCH_SIZE, EAGER, Images, measure
+from .measuring import BATCH_SIZE, EAGER, PACKAGED, Images, measure
 from .onnx import open_onnx, require_onnx, write_onnx
 
 WORST_AGREEMENT = 0.99
 FILES = {"onnx": ONNX_FILES, "aot": AOT_FILES}
+EXAMPLES = ("onnx/example-0.png", "onnx/example-1.png", "onnx/example-2.png")  # images of the model's own classes
 
 
 def export_checkpoint(
@@ -49,13 +51,16 @@ def export_checkpoint(
         raise UserError("--dynamic_size and --attentions can only be combined with --to onnx")
     model = open_model(folder, attentions)
     processor = open_processor(read_json(folder / PREPROCESSOR))
-    images = Images(dataset or recorded_dataset(folder), model.config, processor, max_eval_samples)
+    images = Images(dataset or recorded_dataset(folder) or PACKAGED, model.config, processor, max_eval_samples)
     problem = model.config.problem_type if hasattr(model, "head") else "features"
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{to}-") as work:
         new = Path(work) / to
         new.mkdir()
         if to == "onnx":
             write_onnx(model, new, dynamic_size)
+            if images.classes is not None and model.config.num_channels == 3:
+                for name, pixels in zip(EXAMPLES, images.pixels):
+                    PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(Path(work) / name)
         else:
             write_compiled(model, new)
         places = {name: (Path(work) if name in FILES[to] else folder) / name for name in (*AOT_FILES, *ONNX_FILES)}

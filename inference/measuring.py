@@ -17,22 +17,21 @@ from ..files import UserError
 
 BATCH_SIZE = 8
 EAGER = "PyTorch, eager"
-PACKAGED = {"name": "data/digits"}
+PACKAGED = {"name": "data/digits"}  # the digits that come with this package
 
 
 class Images:
     """Random images of a dataset, as a model takes them.
 
     Args:
-        dataset: the arguments of `load_image_data`; None: the digits that come with this package.
+        dataset: the arguments of `load_image_data`.
         count: the largest number of images.
 
     Raises:
         UserError: the dataset cannot be loaded, or has another number of channels than the model.
     """
 
-    def __init__(self, dataset: dict | None, config: ViTSimpleConfig, processor: BaseImageProcessor, count: int):
-        dataset = dataset or PACKAGED
+    def __init__(self, dataset: dict, config: ViTSimpleConfig, processor: BaseImageProcessor, count: int):
         data = load_image_data(**dataset, validation_fraction=0)
         if data.channels != config.num_channels:
             raise UserError(

@@ -166,7 +166,7 @@ def how_to_revert(url: str, sha: str, revision: str | None) -> str:
 
 
 def load_patiently(repo_id: str, sha: str, **options) -> dict[str, torch.Tensor]:
-    """The outputs of a commit in a fresh process, see `fresh_outputs`; the storage may need some time after a commit."""
+    """The outputs of a commit in a fresh process, as `fresh_outputs`; the storage may need some time."""
     with announced(f"a fresh process that loads {repo_id}"):
         for wait in VERIFY_WAITS:
             with contextlib.suppress(UserError):
