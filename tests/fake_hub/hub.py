@@ -9,7 +9,7 @@ A process whose HF_ENDPOINT names it talks to it as to huggingface.co. So the te
 run, and see what it does when requests fail. Two servers run: the Hub, and the storage of LFS files, to which the Hub
 redirects and which, like S3, refuses requests with a token. There are models, datasets and Spaces, branches, tags and
 pull requests. There are no discussions, no Xet storage, no web pages but those of static Spaces and no commit history;
-add a route when a test of ours needs one. test_hub.py checks that the client of huggingface_hub understands the answers.
+add a route when a test needs one. test_hub.py checks that the client of huggingface_hub understands the answers.
 """
 
 import base64
