@@ -58,9 +58,7 @@ def export_checkpoint(
         new.mkdir()
         if to == "onnx":
             write_onnx(model, new, dynamic_size)
-            if images.classes is not None and model.config.num_channels == 3:
-                for name, pixels in zip(EXAMPLES, images.pixels):
-                    PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(Path(work) / name)
+            save_examples(images, Path(work))
         else:
             write_compiled(model, new)
         places = {name: (Path(work) if name in FILES[to] else folder) / name for name in (*AOT_FILES, *ONNX_FILES)}
@@ -69,8 +67,9 @@ def export_checkpoint(
         results[EAGER]["bytes"] = sum(path.stat().st_size for each in SAFETENSORS for path in folder.glob(each))
         for name, path in places.items():
             results[name]["bytes"] = path.stat().st_size
-            results[name]["kept"] = force or results[name]["agreement"] >= WORST_AGREEMENT
-            if name in FILES[to] and not results[name]["kept"]:
+            is_old = name not in FILES[to]
+            results[name]["kept"] = is_old or force or results[name]["agreement"] >= WORST_AGREEMENT
+            if not results[name]["kept"]:
                 path.unlink()
         shutil.rmtree(folder / to, ignore_errors=True)
         new.rename(folder / to)
@@ -108,6 +107,13 @@ def recorded_dataset(folder: Path) -> dict | None:
     if not dataset.get("on_hub"):
         return None
     return {"name": dataset["name"], "config_name": dataset["config"], "revision": dataset["revision"]}
+
+
+def save_examples(images: Images, folder: Path):
+    """Saves the first images for the page of a Space, if they are of the model's own classes."""
+    if images.classes is not None and images.pixels.shape[1] == 3:
+        for name, pixels in zip(EXAMPLES, images.pixels):
+            PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / name)
 
 
 def as_function(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:

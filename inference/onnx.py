@@ -92,10 +92,15 @@ def write_onnx(model: PreTrainedModel, folder: Path, dynamic_size: bool = False)
         shapes |= {2: patch_size[0] * rows, 3: patch_size[1] * columns}
         sides = (config.grid_size[0] + 1) * patch_size[0], (config.grid_size[1] + 2) * patch_size[1]
     example = torch.zeros(2, config.num_channels, *sides)
-    names = {"input_names": ["pixel_values"], "output_names": output_names(model)}
     with quiet_exporter():
         program = torch.onnx.export(
-            Outputs(model, dynamic_size), (example,), dynamo=True, dynamic_shapes=(shapes,), verbose=False, **names
+            Outputs(model, dynamic_size),
+            (example,),
+            input_names=["pixel_values"],
+            output_names=output_names(model),
+            dynamic_shapes=(shapes,),
+            dynamo=True,
+            verbose=False,
         )
         save_smaller(program.model_proto, folder)
 

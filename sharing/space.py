@@ -18,7 +18,7 @@ from .network import with_retries
 from .outgoing import copy_regular_files, refuse_secrets
 from .repository import changes, has_hash, repo_state
 
-PAGE = ROOT / "sharing/page"  # index.html and resize.js
+PAGE = ROOT / "sharing/page"  # index.html and resize.js; package.json tells Node that resize.js is a module
 TAG = "vit_simple-page"  # in the card of a Space that this module wrote
 CDN = "https://cdn.jsdelivr.net/npm/onnxruntime-web@1.30.0/dist"
 RUNTIMES = {  # file, bytes and hash of the script and of its WebAssembly

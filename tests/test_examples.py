@@ -134,8 +134,8 @@ def test_onnx_predict_gives_the_scores_of_the_pipeline_without_torch(exported, t
 
 
 def test_node_predict_gives_the_score_of_the_pipeline(exported, tmp_path):
-    for name in ("examples/node_predict.mjs", "sharing/page/resize.js"):
-        (tmp_path / name).parent.mkdir(parents=True)
+    for name in ("examples/node_predict.mjs", "sharing/page/resize.js", "sharing/page/package.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "node_modules").symlink_to(node_modules())
     file = str(tmp_path / "image.png")
