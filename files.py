@@ -29,6 +29,7 @@ RECORD = "provenance.json"
 INHERITED = ("base_model", "license", "license_name", "license_link")
 PREPROCESSOR = "preprocessor_config.json"
 SAFETENSORS = ("model.safetensors", "model-?????-of-?????.safetensors")  # glob patterns: one file, or shards
+ONNX_FILES = ("onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx")  # as transformers.js names them
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -176,6 +177,12 @@ RECORD_FIELDS = {
     "method": str | None,
     "probe": float | None,
     "base_model_relation": str | None,
+    "exports": {
+        **{name: str for name in ("dataset", "split", "hardware")},
+        **{name: int for name in ("images", "batch_size", "threads")},
+        "versions": dict[str, str],
+        "models": dict[str, dict[str, float | bool | None]],
+    },
     **{name: str | list[str] | None for name in INHERITED},
 }
 MODEL_FIELDS = {

@@ -8,6 +8,7 @@ matrix products with bias, activation and residual; eager PyTorch and `torch.com
 """
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from transformers.utils import ModelOutput
 
 from ..configuration_vit_simple import pair
 from ..files import UserError
+
+AOT_FILES = ("aot/model.pt2", "aot/model_bf16.pt2", "aot/model_int8.pt2")  # beside a checkpoint, for this machine
 
 
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
@@ -69,3 +72,26 @@ def compile_inference(model: PreTrainedModel, path: str | Path, int8: bool = Fal
             module.training = training
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={"freezing": True})
     return torch._inductor.aoti_load_package(str(path))
+
+
+def write_compiled(model: PreTrainedModel, folder: Path):
+    """Writes model.pt2, model_bf16.pt2 and, on a CPU with torchao, model_int8.pt2 into a folder."""
+    names = [Path(name).name for name in AOT_FILES]
+    compile_inference(model, folder / names[0])
+    compile_inference(copy.deepcopy(model).to(torch.bfloat16), folder / names[1])
+    if importlib.util.find_spec("torchao") is not None:
+        compile_inference(model, folder / names[2], int8=True)
+    else:
+        print("int8 is left out; it needs torchao: pip install torchao")
+
+
+def open_compiled(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A file of `write_compiled` as a function of pixels (B, C, H, W) to logits or, without a head, pooled vectors."""
+    compiled = torch._inductor.aoti_load_package(str(path))
+    dtype = torch.bfloat16 if "bf16" in path.name else torch.float32
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        output = compiled(pixels.to(dtype))
+        return output["logits"] if "logits" in output else output["pooler_output"]
+
+    return run

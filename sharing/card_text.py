@@ -12,6 +12,7 @@ import safetensors
 from ..data.decoding import DEEP, same_pixels_code
 from ..files import MODEL_FIELDS, PREPROCESSOR, RECORD, RECORD_FIELDS, has_head, read_json, read_metrics
 from .card_plots import plots
+from .exports import section as exports_section
 from .markdown import fenced, markdown
 from .outgoing import RECIPE, cut_record, recipe_text
 
@@ -99,7 +100,7 @@ def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
     """The sections of the card; a section without facts is left out."""
     repo_id = repo_id or f"{PLACEHOLDER}/{facts.folder.resolve().name}"
     images = plots(facts.folder, facts.score, facts.config.get("problem_type"))
-    remarks = facts.record.get("remarks")
+    remarks, exports = facts.record.get("remarks"), facts.record.get("exports")
     sections = [
         f"# {markdown(repo_id.rpartition('/')[2])}",
         summary(facts),
@@ -107,6 +108,7 @@ def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
         f"## Results\n\n{results(facts)}" if facts.result else "",
         *images,
         legend(facts) if images else "",
+        f"## Exported models\n\n{exports_section(exports)}" if exports else "",
         f"## Training\n\n{training(facts)}" if (facts.folder / RECIPE).exists() or "method" in facts.record else "",
         f"## Conversion\n\n{bullets(map(markdown, remarks))}" if remarks else "",
         f"## Intended use and limitations\n\n{limitations(facts)}",

@@ -61,8 +61,9 @@ def copy_regular_files(folder: Path, copy: Path, names: list[str]):
         file = folder / name
         if not os.path.lexists(file):
             continue
-        if not stat.S_ISREG(file.lstat().st_mode):
+        if not stat.S_ISREG(file.lstat().st_mode) or (file.parent != folder and file.parent.is_symlink()):
             raise UserError(f"{file}: expected a regular file, because links and devices are not shared; copy it")
+        (copy / name).parent.mkdir(exist_ok=True)
         with open(file, "rb", opener=open_without_links) as source, open(copy / name, "wb") as target:
             while block := source.read(1 << 24):
                 target.write(block)
@@ -157,6 +158,8 @@ def refuse_secrets(files: dict[str, bytes]):
     for file, content in files.items():
         if file.endswith(".safetensors"):  # only the header is text
             content = content[: 8 + int.from_bytes(content[:8], "little")]
+        elif file.endswith(".onnx"):  # weights have no long runs of printable characters
+            content = b"\n".join(re.findall(rb"[ -~]{8,}", content))
         content = unescaped(content)
         encodings = ("utf-8", "utf-16-le", "utf-16-be")
         name = next((n for n, text in values.items() if any(text.encode(e) in content for e in encodings)), None)

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 
 from ..conversion.convert import Checkpoint
 from ..data.loading import ImageData
-from ..files import NETWORK_ERRORS, ROOT, UserError
+from ..files import NETWORK_ERRORS, ONNX_FILES, ROOT, UserError
 from ..training.config import TrainConfig
 from .network import announced, with_retries
 from .outgoing import copy_regular_files
@@ -101,7 +101,8 @@ with command_errors("push"):
         command = [sys.executable, "-c", self.CODE, json.dumps(options)]
         try:
             copy.mkdir()
-            copy_regular_files(self.folder, copy, shared_names(self.folder))
+            names = [name for name in shared_names(self.folder) if name not in ONNX_FILES]  # of earlier weights
+            copy_regular_files(self.folder, copy, names)
             with open(log, "w") as file:  # Ctrl-C reaches this process alone, which then stops the push
                 output: dict = {"stdout": file, "stderr": subprocess.STDOUT}
                 self.process = subprocess.Popen(command, start_new_session=True, **output)

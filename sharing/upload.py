@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCard, get_token
 
-from ..files import NETWORK_ERRORS, RunError, UserError, terminal_text, write_atomically
+from ..files import NETWORK_ERRORS, ONNX_FILES, RunError, UserError, terminal_text, write_atomically
 from ..training.folder import FINISHED
 from ..training.lock import LOCK
 from .card import build_card, user_text
@@ -153,7 +153,9 @@ def verify_commit(
             page = f"{url}/discussions/{number}"
             undo = f"close {page}"
         info = with_retries("reading the repository", lambda: api.repo_info(repo_id))
-        outputs = load_patiently(repo_id, sha, auto_class, get_token() if info.private or info.gated else None)
+        token = get_token() if info.private or info.gated else None
+        onnx_files = [name for name in ONNX_FILES if name in expected]
+        outputs = load_patiently(repo_id, sha, auto_class=auto_class, token=token, onnx_files=onnx_files)
     except (UserError, *NETWORK_ERRORS) as error:
         message = f"the commit {sha} is on the Hub, but it could not be verified: {error}"
         raise RunError(f"{message}\nto verify it again: {command}") from error
@@ -170,14 +172,14 @@ def how_to_revert(url: str, sha: str, revision: str | None) -> str:
     return f"git clone{branch} {url} && cd {url.rpartition('/')[2]} && git revert {sha} && git push"
 
 
-def load_patiently(repo_id: str, sha: str, auto_class: str, token: str | None) -> dict[str, torch.Tensor]:
-    """The outputs of a commit in a fresh process; the storage may need some time after a commit."""
+def load_patiently(repo_id: str, sha: str, **options) -> dict[str, torch.Tensor]:
+    """The outputs of a commit in a fresh process, as `fresh_outputs`; the storage may need some time."""
     with announced(f"a fresh process that loads {repo_id}"):
         for wait in VERIFY_WAITS:
             with contextlib.suppress(UserError):
-                return fresh_outputs(repo_id, sha, auto_class=auto_class, token=token)
+                return fresh_outputs(repo_id, sha, **options)
             time.sleep(wait)
-        return fresh_outputs(repo_id, sha, auto_class=auto_class, token=token)
+        return fresh_outputs(repo_id, sha, **options)
 
 
 def set_tag(api: HfApi, target: Target, sha: str, command: str):

@@ -1,5 +1,6 @@
 """Checks before and after an upload: the files of a checkpoint, and the model's outputs in a fresh process."""
 
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -19,6 +20,7 @@ from ..data.processors import open_processor
 from ..files import (
     CODE,
     MODEL_FIELDS,
+    ONNX_FILES,
     PREPROCESSOR,
     RECORD,
     ROOT,
@@ -34,7 +36,7 @@ from .outgoing import RECIPE, environment_without_secrets
 
 AUTO_MAPS = (AUTO_MAP, {name: AUTO_MAP[name] for name in AUTO_MAP if name != "AutoBackbone"})  # now, and earlier
 REQUIRED = ("config.json", PREPROCESSOR, *CODE)
-OPTIONAL = (RECORD, RECIPE, "metrics.jsonl", *PLOTS)
+OPTIONAL = (RECORD, RECIPE, "metrics.jsonl", *PLOTS, *ONNX_FILES)
 PROCESS_SECONDS = 1800  # until a fresh process must have computed its outputs
 CACHE_VARIABLES = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE"}
 # Loads a checkpoint as a user would and saves what it computes from random images.
@@ -42,7 +44,7 @@ FRESH_PROCESS = """
 import sys, PIL.Image, torch, transformers
 from safetensors.torch import save_file
 
-source, revision, auto_class, output_file, code = sys.argv[1:]
+source, revision, auto_class, output_file, code, *onnx_files = sys.argv[1:]
 options = {"revision": revision} if revision else {}
 processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
 if code == "remote":
@@ -65,6 +67,14 @@ if processor.do_resize and "logits" in output:
     predict = transformers.pipeline("image-classification", model=source, device="cpu", top_k=10**6, **options)
     scores = {answer["label"]: answer["score"] for answer in predict(PIL.Image.fromarray(pixels[0]))}
     outputs["scores"] = torch.tensor([scores[name] for name in model.config.id2label.values()])
+for name in onnx_files:
+    import huggingface_hub, onnxruntime
+    path = huggingface_hub.hf_hub_download(source, name, revision=revision) if revision else source + "/" + name
+    one_thread = onnxruntime.SessionOptions()  # more could add up in another order
+    one_thread.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, one_thread, providers=["CPUExecutionProvider"])
+    key = "logits" if "logits" in output else "pooler_output"
+    outputs[name] = torch.from_numpy(session.run([key], {"pixel_values": inputs.pixel_values.numpy()})[0])
 save_file(outputs, output_file)
 """
 
@@ -98,6 +108,8 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
     if has_head(content) and any(re.fullmatch(r"LABEL_\d+", name) for name in names):
         raise UserError(f"config.json has no class names ({join_names(names)}); set id2label and label2id")
     files = [*REQUIRED, *weights, *(name for name in OPTIONAL if (folder / name).is_file())]
+    if {*files} & {*ONNX_FILES} and importlib.util.find_spec("onnxruntime") is None:
+        raise UserError("the ONNX files cannot be verified: pip install onnxruntime, or delete the folder onnx")
     changed = [name for name in CODE if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
     return files, [f"{name} differs from the installed one; the checkpoint keeps its own" for name in changed]
 
@@ -129,7 +141,7 @@ def check_tensors(tensors: dict[str, torch.Tensor], config: ViTSimpleConfig, fol
 
 def shared_names(folder: Path) -> list[str]:
     """The names in a folder that a push takes along, whatever kind of file they are."""
-    names = sorted(path.name for path in folder.glob("*"))
+    names = sorted(path.relative_to(folder).as_posix() for each in ("*", "onnx/*") for path in folder.glob(each))
     return [name for name in names if name in ("README.md", *REQUIRED, *OPTIONAL) or is_weights(name)]
 
 
@@ -141,7 +153,12 @@ def is_weights(name: str) -> bool:
 
 
 def fresh_outputs(
-    source: str, revision: str = "", code: str = "remote", auto_class: str = "AutoModel", token: str | None = None
+    source: str,
+    revision: str = "",
+    code: str = "remote",
+    auto_class: str = "AutoModel",
+    token: str | None = None,
+    onnx_files: list[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The outputs of a checkpoint for fixed images, computed in a fresh process with empty caches.
 
@@ -150,6 +167,7 @@ def fresh_outputs(
         code: "remote" for the checkpoint's own code, "local" for that of the installed package.
         auto_class: the Auto class that loads it.
         token: for a private repository. The process has no other secret of this machine.
+        onnx_files: ONNX files whose outputs are added, under their names.
 
     Raises:
         UserError: it does not load there; with the last line of that process.
@@ -160,7 +178,7 @@ def fresh_outputs(
         variables = {name: value for name, value in environment if name not in CACHE_VARIABLES}
         variables |= {"HF_HOME": home, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": token or ""}
         variables |= {} if revision else {"HF_HUB_OFFLINE": "1"}
-        arguments = [source, revision, auto_class, f"{home}/outputs", code]
+        arguments = [source, revision, auto_class, f"{home}/outputs", code, *(onnx_files or [])]
         command = [sys.executable, "-c", limits + FRESH_PROCESS, *arguments]
         options: dict = {"cwd": home, "env": variables, "capture_output": True, "text": True}
         try:
@@ -190,13 +208,20 @@ def local_outputs(folder: Path) -> dict[str, torch.Tensor]:
     """The outputs of a folder in a fresh process.
 
     Raises:
-        UserError: the folder's own code and the installed package compute different outputs, or they are not finite.
+        UserError: the folder's own code, the installed package and the ONNX files compute different outputs, or they
+            are not finite.
     """
+    onnx_files = [name for name in ONNX_FILES if (folder / name).is_file()]
     with ThreadPoolExecutor() as pool, network.announced("two fresh processes that load the folder"):
         source, auto_class = str(folder.resolve()), auto_class_of(folder)
-        own, installed = pool.map(lambda code: fresh_outputs(source, "", code, auto_class), ("remote", "local"))
+        own = pool.submit(fresh_outputs, source, "", "remote", auto_class, onnx_files=onnx_files)
+        installed = pool.submit(fresh_outputs, source, "", "local", auto_class).result()
+        own = own.result()
     if names := [name for name, output in own.items() if not output.isfinite().all()]:
         raise UserError(f"{folder}: expected finite outputs, got NaN or infinity in {', '.join(names)}")
-    if names := differences(own, installed):
+    if names := differences({name: own[name] for name in own if name not in ONNX_FILES}, installed):
         raise UserError(f"{folder}: its code and the installed package compute different {', '.join(names)}")
+    expected = own["logits"] if "logits" in own else own["pooler_output"]
+    if (name := ONNX_FILES[0]) in own and (own[name] - expected).abs().max() > 1e-3 * expected.abs().max().clamp(min=1):
+        raise UserError(f"{folder / name} does not compute what the weights compute: export it again, or delete it")
     return own

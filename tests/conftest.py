@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,7 @@ from vit_simple.data.decoding import Decoder
 from vit_simple.data.labels import Labels
 from vit_simple.data.loading import ImageData
 from vit_simple.data.processors import open_processor
+from vit_simple.export import main as export_main
 from vit_simple.files import ROOT
 from vit_simple.train import main
 from vit_simple.training.config import TrainConfig
@@ -85,6 +87,14 @@ def run_folder(tmp_path_factory) -> Path:
     """What `python train.py` leaves behind, after one epoch."""
     folder = tmp_path_factory.mktemp("run") / "digits"
     main(["--output_dir", str(folder), "--num_train_epochs", "1"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(run_folder, tmp_path_factory) -> Path:
+    """The run with its ONNX files, which also give the attention weights."""
+    folder = Path(shutil.copytree(run_folder, tmp_path_factory.mktemp("exported") / "digits"))
+    export_main([str(folder), "--to", "onnx", "--attentions"])
     return folder
 
 

@@ -1,19 +1,24 @@
 """The programs of examples/ adapt a checkpoint to other classes; chance is 0.5, and a weak start keeps scores low."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, load_dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from tests.conftest import environment_without_package
+from tests.conftest import environment_without_package, photographs
+from tests.javascript import node_modules
+from vit_simple.data.processors import stock_processor
 from vit_simple.files import ROOT
 
 NAMES = {"id2label": {0: "even", 1: "odd"}, "label2id": {"even": 0, "odd": 1}}
@@ -102,3 +107,42 @@ def test_extracted_maps_and_vectors_are_those_of_the_images(run_folder, elsewher
     with torch.no_grad():
         logits = model.eval()(processor(images, return_tensors="pt").pixel_values).logits
         torch.testing.assert_close(model.head(found["vectors"]), logits, rtol=0, atol=1e-5)
+
+
+def scores_of(folder: Path, files: list[str]) -> list[tuple[str, float]]:
+    answers = [pipeline("image-classification", model=str(folder))(file)[0] for file in files]
+    return [(answer["label"], answer["score"]) for answer in answers]
+
+
+def printed_scores(printed: str) -> list[tuple[str, float]]:
+    return [(label, float(score)) for label, score in re.findall(r": (\S+) ([\d.]+)$", printed, re.MULTILINE)]
+
+
+def assert_scores(found: list, expected: list):
+    assert [label for label, _ in found] == [label for label, _ in expected]
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-3)
+
+
+@pytest.mark.parametrize("content", [{}, stock_processor((8, 8), 12, resample=3)])
+def test_onnx_predict_gives_the_scores_of_the_pipeline_without_torch(exported, tmp_path, content):
+    folder, files = Path(shutil.copytree(exported, tmp_path / "digits")), photographs(tmp_path)
+    old = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(content or old))
+    code = "import runpy, sys; sys.modules |= {'torch': None, 'transformers': None}; runpy.run_path(sys.argv.pop(1), "
+    command = [sys.executable, "-c", f"{code}run_name='__main__')", ROOT / "examples/onnx_predict.py", folder, *files]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert_scores(printed_scores(result.stdout), scores_of(folder, files))
+
+
+def test_node_predict_gives_the_score_of_the_pipeline(exported, tmp_path):
+    for name in ("examples/node_predict.mjs", "sharing/page/resize.js", "sharing/page/package.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "node_modules").symlink_to(node_modules())
+    file = str(tmp_path / "image.png")
+    PIL.Image.open(photographs(tmp_path)[3]).save(file)
+    command = ["node", tmp_path / "examples/node_predict.mjs", exported, file]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert_scores(printed_scores(result.stdout), scores_of(exported, [file]))

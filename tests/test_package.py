@@ -20,10 +20,10 @@ import sys
 from vit_simple.files import ROOT
 from vit_simple.train import main
 assert str(ROOT).startswith(sys.argv[1]), ROOT
-assert (ROOT / "py.typed").exists()
+assert (ROOT / "py.typed").exists() and (ROOT / "sharing/page/resize.js").exists()
 main(["--num_train_epochs", "1"])
 """
     run_python(python, tmp_path / "work", code, tmp_path / "environment")
     assert (tmp_path / "work/outputs/digits/model.safetensors").exists()
-    for name in ("vit-simple-train", "vit-simple-push", "vit-simple-convert"):
+    for name in ("vit-simple-train", "vit-simple-push", "vit-simple-convert", "vit-simple-export"):
         subprocess.run([python.parent / name, "--help"], cwd=tmp_path, check=True, capture_output=True)

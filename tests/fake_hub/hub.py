@@ -7,14 +7,15 @@
 
 A process whose HF_ENDPOINT names it talks to it as to huggingface.co. So the tests of sharing/ run the code that users
 run, and see what it does when requests fail. Two servers run: the Hub, and the storage of LFS files, to which the Hub
-redirects and which, like S3, refuses requests with a token. There are models and datasets, branches, tags and pull
-requests. There are no discussions, no Xet storage, no web pages and no commit history; add a route when a test of ours
-needs one. test_hub.py checks that the client of huggingface_hub understands the answers.
+redirects and which, like S3, refuses requests with a token. There are models, datasets and Spaces, branches, tags and
+pull requests. There are no discussions, no Xet storage, no web pages but those of static Spaces and no commit history;
+add a route when a test needs one. test_hub.py checks that the client of huggingface_hub understands the answers.
 """
 
 import base64
 import hashlib
 import json
+import mimetypes
 import os
 import random
 import re
@@ -32,12 +33,12 @@ from urllib.parse import parse_qs, unquote
 
 import yaml
 
-LFS_SUFFIXES = (".safetensors", ".parquet", ".png")
+LFS_SUFFIXES = (".safetensors", ".parquet", ".png", ".onnx")
 LFS_BYTES = 10 << 20  # a larger file is LFS whatever its name
 NOTHING = MappingProxyType({})
 CUTS = ("", "request", "upload", "answer", "download")
-API = "/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
-SITE = "/(?:(?P<kind>datasets)/)?(?P<name>[^/]+/[^/]+)"
+API = "/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
+SITE = "/(?:(?P<kind>datasets|spaces)/)?(?P<name>[^/]+/[^/]+)"
 REVISION = "/(?P<revision>[^/]+)"  # a slash in it is sent as %2F
 ROUTES: list[tuple[re.Pattern, Callable]] = []
 
@@ -255,7 +256,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def content(self, content: bytes, headers: Mapping[str, str]) -> Answer:
         """A file, or the requested range of it."""
-        size, headers = len(content), {**headers, "Accept-Ranges": "bytes"}
+        # Pages of other sites may read files, as on the Hub.
+        size, headers = len(content), {**headers, "Accept-Ranges": "bytes", "Access-Control-Allow-Origin": "*"}
         requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if requested is None:
             return Answer(200, content, headers)
@@ -390,7 +392,9 @@ class Handler(BaseHTTPRequestHandler):
     @route("HEAD|GET", f"{SITE}/resolve{REVISION}/(?P<path>.+)")
     def resolve(self, repo: Repo, revision: str, path: str):
         commit = repo.at(revision)
-        headers = {"X-Repo-Commit": commit.sha}
+        headers = {"X-Repo-Commit": commit.sha, "Access-Control-Allow-Origin": "*"}
+        if kind := mimetypes.guess_type(path)[0]:
+            headers["Content-Type"] = kind
         if path not in commit.files:
             raise Refusal(404, "Entry not found", "EntryNotFound", headers)
         content = commit.files[path]

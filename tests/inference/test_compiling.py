@@ -4,14 +4,16 @@ The tests of int8 need torchao: `pip install -e ".[int8]" -c constraints.txt`. T
 since transformers imports it if it is there, which takes a second in every process.
 """
 
-import copy
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import run_python, tiny
 from vit_simple import ViTSimpleForImageClassification
+from vit_simple.export import export
 from vit_simple.inference.compiling import compile_inference
 
 RUN_IN_ANOTHER_PROCESS = """
@@ -38,15 +40,13 @@ def test_compiled_file_gives_the_same_logits_for_any_batch_without_the_package(t
     torch.testing.assert_close(torch.load(tmp_path / "pixels"), expected, **bound)
 
 
-def test_compiled_bfloat16_is_close_to_float32(tmp_path):
-    model = tiny(num_hidden_layers=1).eval()
-    compiled = compile_inference(copy.deepcopy(model).to(torch.bfloat16), tmp_path / "vit.pt2")
-    pixels = torch.randn(3, 3, *[model.config.image_size] * 2)
-    with torch.no_grad():
-        expected = model(pixels).logits
-    logits = compiled(pixels.bfloat16()).logits
-    assert logits.dtype == torch.bfloat16
-    assert (logits.float() - expected).norm() < 0.05 * expected.norm()
+def test_export_to_aot_compiles_and_measures_float32_and_bfloat16(run_folder, tmp_path):
+    folder = Path(shutil.copytree(run_folder, tmp_path / "digits"))
+    models = export(folder, to="aot", max_eval_samples=100)["models"]
+    assert models["aot/model.pt2"]["difference"] < 1e-4 and models["aot/model.pt2"]["agreement"] == 1
+    assert 0 < models["aot/model_bf16.pt2"]["difference"] < 0.5
+    assert (folder / "aot/model.pt2").stat().st_size == models["aot/model.pt2"]["bytes"]
+    assert "| aot/model.pt2 |" in (folder / "README.md").read_text()
 
 
 def test_compiled_int8_is_close_to_float32(run_folder, tmp_path):

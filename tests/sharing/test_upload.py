@@ -15,7 +15,7 @@ from tests.conftest import DIGITS, environment_without_package
 from tests.fake_hub.hub import Fault, Hub
 from tests.sharing.conftest import NAME, PROGRAMS, TOKEN, call, call_program, edit
 from vit_simple import ViTSimpleForImageClassification
-from vit_simple.files import ROOT, RunError, UserError
+from vit_simple.files import ONNX_FILES, ROOT, RunError, UserError
 from vit_simple.sharing import upload as sharing_upload
 from vit_simple.sharing.card import BEGIN
 from vit_simple.sharing.commit import Target
@@ -183,6 +183,15 @@ def test_train_without_a_token_stops_before_it_trains(hub, tmp_path):
     options = ["--push_to_hub", "--hub_model_id", NAME, "--license", "mit", "--output_dir", tmp_path / "run"]
     result = call(hub, tmp_path, ROOT / "train.py", *options, token=None)
     assert "hf auth login" in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_push_takes_the_onnx_files_along_and_verifies_them(hub, exported, tmp_path):
+    result = push_command(hub, tmp_path, exported, NAME, "--license", "mit")
+    assert result.returncode == 0 and "verified: " in result.stdout, result.stderr
+    for name in ONNX_FILES:
+        assert head(hub).files[name] == (exported / name).read_bytes()
+        assert sum(f"/resolve/{head(hub).sha}/{name}" in request.path for request in hub.log) > 0  # downloaded again
+    assert "| onnx/model.onnx |" in head(hub).files["README.md"].decode()
 
 
 # The upload

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.sharing.conftest import edit
 from vit_simple import ViTSimpleModel
 from vit_simple.conversion.convert import write_json
 from vit_simple.data.processors import stock_processor
-from vit_simple.files import UserError
+from vit_simple.files import ONNX_FILES, UserError
 from vit_simple.sharing.verify import check, fresh_outputs, local_outputs
 
 
@@ -99,4 +100,13 @@ def test_outputs_that_are_not_finite_are_named(folder):
     content = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps({**content, "image_std": [0.0, 0.0, 0.0]}))
     with pytest.raises(UserError, match=r"expected finite outputs, got NaN or infinity in logits"):
+        local_outputs(folder)
+
+
+def test_onnx_file_of_other_weights_is_refused(exported, tmp_path):
+    folder = Path(shutil.copytree(exported, tmp_path / "digits"))
+    outputs = local_outputs(folder)
+    assert set(ONNX_FILES) < outputs.keys() and set(ONNX_FILES) < set(check(folder)[0])
+    set_weight(folder, "head.bias", 9.0)
+    with pytest.raises(UserError, match=r"onnx/model\.onnx does not compute what the weights compute: export it again"):
         local_outputs(folder)

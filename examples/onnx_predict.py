@@ -1,0 +1,46 @@
+"""Classifies images with an exported checkpoint, without torch and transformers: onnxruntime, numpy and Pillow.
+
+    python export.py outputs/digits --to onnx
+    python examples/onnx_predict.py outputs/digits image.png
+
+The steps are those of preprocessor_config.json, for every checkpoint of vit_simple that takes RGB images.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def preprocess(image: Image.Image, config: dict) -> np.ndarray:
+    """(1, 3, H, W) float32: resized, cropped to the center, scaled and normalized."""
+    image, size = ImageOps.exif_transpose(image).convert("RGB"), config["size"]
+    if edge := size.get("shortest_edge"):
+        size = {side: edge * length // min(image.size) for side, length in zip(("width", "height"), image.size)}
+    image = image.resize((size["width"], size["height"]), config["resample"])
+    if config.get("do_center_crop"):
+        crop = config["crop_size"]
+        left, top = (image.width - crop["width"]) // 2, (image.height - crop["height"]) // 2
+        image = image.crop((left, top, left + crop["width"], top + crop["height"]))
+    pixels = np.asarray(image, np.float32) * config["rescale_factor"]
+    pixels = (pixels - config["image_mean"]) / config["image_std"]
+    return pixels.transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def main():
+    folder, *files = sys.argv[1:]
+    names = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["id2label"]
+    config = json.loads(Path(folder, "preprocessor_config.json").read_text(encoding="utf-8"))
+    session = onnxruntime.InferenceSession(Path(folder, "onnx/model.onnx"))
+    for file in files:
+        (logits,) = session.run(["logits"], {"pixel_values": preprocess(Image.open(file), config)})
+        scores = np.exp(logits[0] - logits[0].max())
+        best = int(scores.argmax())
+        print(f"{file}: {names[str(best)]} {scores[best] / scores.sum():.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The exported files of a checkpoint: written aside, measured on real images, then moved into its folder."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import PIL.Image
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from ..data.processors import open_processor
+from ..files import ONNX_FILES, PREPROCESSOR, RECORD, RECORD_FIELDS, SAFETENSORS, UserError, has_head, read_json
+from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
+from .compiling import AOT_FILES, open_compiled, write_compiled
+from .measuring import BATCH_SIZE, EAGER, PACKAGED, Images, measure
+from .onnx import open_onnx, require_onnx, write_onnx
+
+WORST_AGREEMENT = 0.99
+FILES = {"onnx": ONNX_FILES, "aot": AOT_FILES}
+EXAMPLES = ("onnx/example-0.png", "onnx/example-1.png", "onnx/example-2.png")  # images of the model's own classes
+
+
+def export_checkpoint(
+    folder: Path,
+    to: str,
+    *,
+    dynamic_size: bool = False,
+    attentions: bool = False,
+    force: bool = False,
+    dataset: dict | None = None,
+    max_eval_samples: int = 500,
+) -> dict:
+    """Writes the folder `onnx` or `aot` of a checkpoint, in place of an earlier one; returns what was measured.
+
+    Args:
+        to: "onnx" or "aot".
+        dynamic_size, attentions: for ONNX: accept any image size, see `write_onnx`, and give the attention weights.
+        force: also keep files that agree with PyTorch on less than 99% of the images.
+        dataset: the arguments of `load_image_data`; by default the recorded dataset if it is on the Hub, otherwise the
+            digits that come with this package.
+        max_eval_samples: the number of images to measure on.
+
+    Raises:
+        UserError: the checkpoint, the dataset or the options cannot be used, or a package is missing.
+    """
+    if to == "onnx":
+        require_onnx()
+    elif dynamic_size or attentions:
+        raise UserError("--dynamic_size and --attentions can only be combined with --to onnx")
+    model = open_model(folder, attentions)
+    processor = open_processor(read_json(folder / PREPROCESSOR))
+    images = Images(dataset or recorded_dataset(folder) or PACKAGED, model.config, processor, max_eval_samples)
+    problem = model.config.problem_type if hasattr(model, "head") else "features"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{to}-") as work:
+        new = Path(work) / to
+        new.mkdir()
+        if to == "onnx":
+            write_onnx(model, new, dynamic_size)
+            save_examples(images, Path(work))
+        else:
+            write_compiled(model, new)
+        places = {name: (Path(work) if name in FILES[to] else folder) / name for name in (*AOT_FILES, *ONNX_FILES)}
+        places = {name: path for name, path in places.items() if path.exists()}
+        results = measure({EAGER: as_function(open_model(folder)), **open_all(places)}, images, problem)
+        results[EAGER]["bytes"] = sum(path.stat().st_size for each in SAFETENSORS for path in folder.glob(each))
+        for name, path in places.items():
+            results[name]["bytes"] = path.stat().st_size
+            is_old = name not in FILES[to]
+            results[name]["kept"] = is_old or force or results[name]["agreement"] >= WORST_AGREEMENT
+            if not results[name]["kept"]:
+                path.unlink()
+        shutil.rmtree(folder / to, ignore_errors=True)
+        new.rename(folder / to)
+    return {
+        "dataset": images.name,
+        "split": images.split,
+        "images": len(images),
+        "batch_size": BATCH_SIZE,
+        "threads": torch.get_num_threads(),
+        "models": results,
+    }
+
+
+def open_model(folder: Path, attentions: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint in float32 and in evaluation mode, which gives the attention weights if asked to.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    if not (folder / PREPROCESSOR).is_file():
+        raise UserError(f"CHECKPOINT: expected a folder with config.json, weights and {PREPROCESSOR}, got {folder}")
+    model_class = ViTSimpleForImageClassification if has_head(read_json(folder / "config.json")) else ViTSimpleModel
+    options = {"attn_implementation": "eager"} if attentions else {}
+    try:
+        model = model_class.from_pretrained(folder, dtype=torch.float32, **options)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise UserError(f"CHECKPOINT: {folder} cannot be loaded: {error}") from error
+    model.config.output_attentions = attentions
+    return model.eval()
+
+
+def recorded_dataset(folder: Path) -> dict | None:
+    """The dataset of the run as arguments of `load_image_data`, None unless it is on the Hub."""
+    dataset = read_json(folder / RECORD, RECORD_FIELDS).get("dataset") or {}
+    if not dataset.get("on_hub"):
+        return None
+    return {"name": dataset["name"], "config_name": dataset["config"], "revision": dataset["revision"]}
+
+
+def save_examples(images: Images, folder: Path):
+    """Saves the first images for the page of a Space, if they are of the model's own classes."""
+    if images.classes is not None and images.pixels.shape[1] == 3:
+        for name, pixels in zip(EXAMPLES, images.pixels):
+            PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / name)
+
+
+def as_function(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A model as a function of pixels (B, C, H, W) to its logits or, without a head, to its pooled vectors."""
+    name = "logits" if hasattr(model, "head") else "pooler_output"
+    return lambda pixels: model(pixels)[name]
+
+
+def open_all(places: dict[str, Path]) -> dict[str, Callable]:
+    return {name: (open_onnx if name in ONNX_FILES else open_compiled)(path) for name, path in places.items()}
