@@ -114,7 +114,8 @@ def explain(
         if save_json:
             written.append(folder / "numbers.json")
             write_atomically(written[-1], json.dumps({"file": path, **explanation.numbers(names)}) + "\n")
-    similarity = position_similarity(opened, tuple(explanation.rollout.shape)).cpu()
+    height, width = explanation.rollout.shape  # in patches
+    similarity = position_similarity(opened, (height, width)).cpu()
     written += save({"positions": draw_positions(similarity)}, output_dir)
     if save_json:
         rows, columns = some_positions(similarity)

@@ -57,8 +57,9 @@ class Explanation:
         panels += [(f"head {number}", self.over(head)) for number, head in enumerate(last)]
         lines = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
         components = blend(self.image, self.colors.numpy(), self.box, strength=0.85)
+        rows, columns = self.rollout.shape
         figures = {
-            "grid": draw_grid(self.image, self.box, tuple(self.rollout.shape)),
+            "grid": draw_grid(self.image, self.box, (rows, columns)),
             "attention": draw_panels(lines, f"{title} in the last block", "attention in each map"),
             "attention_blocks": draw_mosaic(self.attention, title, ("block", "head"), "attention in each map"),
             "rollout": draw_panels(
@@ -123,7 +124,7 @@ def explain_pixels(
     maps = [attention, from_patches, colors.unflatten(0, grid), foreground.unflatten(0, grid)]
     explanation = Explanation(image, box, reader_of(config, patch), *(each.cpu() for each in maps))
     if seen.logits is not None:
-        best = seen.logits.argmax().item()
+        best = int(seen.logits.argmax())
         explanation.prediction, explanation.confidence = best, probabilities(seen.logits, config)[best].item()
         explanation.label = best if label is None else label
         explanation.relevance = patch_map(relevance(model, pixel_values, explanation.label), config, grid).cpu()

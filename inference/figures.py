@@ -133,8 +133,8 @@ def draw_mosaic(maps: torch.Tensor, title: str, labels: tuple[str, str], bar: st
     axis = figure.subplots()
     shown = axis.imshow(mosaic.numpy(), cmap=COLORS, interpolation="nearest")
     axis.set(xlabel=labels[1], ylabel=labels[0])
-    axis.set_xticks(np.arange(m) * (columns + gap) + (columns - 1) / 2, range(m))
-    axis.set_yticks(np.arange(n) * (rows + gap) + (rows - 1) / 2, range(n))
+    axis.set_xticks(np.arange(m) * (columns + gap) + (columns - 1) / 2, [str(column) for column in range(m)])
+    axis.set_yticks(np.arange(n) * (rows + gap) + (rows - 1) / 2, [str(row) for row in range(n)])
     axis.tick_params(length=0, labelsize=8)
     axis.spines[:].set_visible(False)
     scale = figure.colorbar(shown, shrink=0.8, aspect=30, label=bar)
@@ -157,6 +157,6 @@ def draw_positions(similarity: torch.Tensor) -> Figure:
     labels = ("row of the patch", "column of the patch")
     figure = draw_mosaic(similarity[rows][:, columns], title, labels, "cosine similarity", own_range=False)
     axis = figure.axes[0]
-    axis.set_xticks(axis.get_xticks(), columns)
-    axis.set_yticks(axis.get_yticks(), rows)
+    axis.set_xticks(axis.get_xticks(), [str(column) for column in columns])
+    axis.set_yticks(axis.get_yticks(), [str(row) for row in rows])
     return figure
