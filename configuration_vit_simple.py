@@ -256,12 +256,21 @@ class ViTSimpleConfig(PretrainedConfig):
         self._check_backbone()
 
     def _check_backbone(self):
-        stages, expect = self.stage_names, self._expect
-        for field, allowed in (("out_features", stages), ("out_indices", range(-len(stages), len(stages)))):
+        depth, expect = self.num_hidden_layers, self._expect
+        for field, is_stage, allowed in (
+            ("out_features", self._is_stage_name, f"'stem' and 'stage1' to 'stage{depth}'"),
+            ("out_indices", range(-depth - 1, depth + 1).__contains__, f"0 (the stem) to {depth}, or -1 (the last)"),
+        ):
             value = getattr(self, field)
-            valid = isinstance(value, (list, tuple)) and value and all(each in allowed for each in value)
-            expect(value is None or valid, field, f"None or a list of values in {allowed}")
+            valid = isinstance(value, (list, tuple)) and value and all(map(is_stage, value))
+            expect(value is None or valid, field, f"None or a list of values from {allowed}")
         expect(self.out_features is None or self.out_indices is None, "out_indices", "None when out_features is given")
+
+    def _is_stage_name(self, name) -> bool:
+        """Whether it is one of `stage_names`, which are too many to be listed in a damaged config.json."""
+        number = name.removeprefix("stage") if isinstance(name, str) else ""
+        is_number = number.isdecimal() and len(number) < 10 and name == f"stage{int(number)}"
+        return name == "stem" or (is_number and 1 <= int(number) <= self.num_hidden_layers)
 
     def _expect(self, condition, field: str, expected: str):
         if not condition:

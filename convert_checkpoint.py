@@ -7,10 +7,8 @@ python convert_checkpoint.py outputs/vit-b16 outputs/vit-b16-timm --to timm
 import argparse
 from pathlib import Path
 
-import PIL.Image
-
 from vit_simple.conversion.convert import new_folder, open_checkpoint, write_checkpoint
-from vit_simple.conversion.processors import FAMILIES
+from vit_simple.conversion.processors import FAMILIES, INTERPOLATIONS
 from vit_simple.files import command_errors, terminal_text
 from vit_simple.sharing.converted import write_card
 
@@ -39,8 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     own = "preprocessing of a training of your own, instead of --family or the checkpoint's: "
     for name in ("image_mean", "image_std"):
         parser.add_argument(f"--{name}", type=float, nargs="+", metavar="X", help=own + "one number per channel")
-    choices = [method.name.lower() for method in PIL.Image.Resampling]
-    parser.add_argument("--interpolation", choices=choices, help=own + "how images are resized (default: bicubic)")
+    parser.add_argument(
+        "--interpolation", choices=INTERPOLATIONS, help=own + "how images are resized (default: bicubic)"
+    )
     crop = "fraction of the short side that the center crop keeps (default: 0.875)"
     parser.add_argument("--crop_pct", type=float, metavar="X", help=own + crop)
     parser.add_argument("--base_model", help="Hub id of the original weights, for the model card")

@@ -41,6 +41,12 @@ NO_PROCESSOR = (
     "the checkpoint has no image processor: give --base_model, to take the image processor of that model; "
     f"or --family, one of {', '.join(FAMILIES)}; or --image_mean and --image_std"
 )
+OPTIONS = {  # of `open_checkpoint`
+    **{name: str | None for name in ("family", "hidden_act", "base_model", "key", "interpolation")},
+    **{name: list[float] | None for name in ("image_mean", "image_std")},
+    "num_attention_heads": int | None,
+    "crop_pct": float | None,
+}
 WEIGHTS = (*SAFETENSORS, "*.safetensors", *PICKLES, "*.bin", "*.pth")  # the first pattern that matches is used
 
 

@@ -25,6 +25,7 @@ FAMILIES = {  # resampling; crop fraction, None to squash the whole image; mean 
     "clip": (BICUBIC, 1.0, OPENAI),
 }
 FAMILY_OF_TYPE = {"vit_mae": "mae", "dinov2": "dinov2", "dinov2_with_registers": "dinov2"}
+INTERPOLATIONS = [method.name.lower() for method in PIL.Image.Resampling]
 SQUASHED = "the image processor squashes images, because center crops are square and the model's input is not"
 EXPECTED = "expected size, resample, image_mean and image_std"
 KNOWN_PROCESSORS = ("ViTImageProcessor", "DeiTImageProcessor", "BitImageProcessor", "CLIPImageProcessor")

@@ -54,18 +54,12 @@ def push(
     """
     folder, target = Path(folder), Target(repo_id, private, revision, create_pr, tag)
     message = commit_message or f"{folder.resolve().name}, pushed by vit_simple"
-    if (folder / LOCK).exists() and not (folder / FINISHED).exists():  # earlier versions wrote neither
-        raise UserError(
-            f"FOLDER: the run in {folder} is not finished, and its weights and results may be of different steps: "
-            "resume it first"
-        )
+    require_finished(folder)
     with snapshot(folder, shared_names(folder)) as copy:
         files, card = check_push(copy, repo_id, tag, license, message)
         if dry_run:
             local_outputs(copy)
-            sizes = {"README.md": len(card.encode())} | {name: (copy / name).stat().st_size for name in files}
-            lines = [*(f"{size:>13,}  {name}" for name, size in sizes.items()), "", *card.splitlines()]
-            print("\n".join(map(terminal_text, lines)))
+            print_upload(copy, files, card)
             return None
         expected = local_outputs(copy) if verify else None
         api = HfApi()
@@ -88,6 +82,22 @@ def push(
 
 
 # Before the upload
+
+
+def print_upload(folder: Path, files: list[str], card: str):
+    """The size of each file, and the card."""
+    sizes = {"README.md": len(card.encode())} | {name: (folder / name).stat().st_size for name in files}
+    lines = [*(f"{size:>13,}  {name}" for name, size in sizes.items()), "", *card.splitlines()]
+    print("\n".join(map(terminal_text, lines)))
+
+
+def require_finished(folder: Path):
+    """Raises UserError if the folder is that of a run that has not ended."""
+    if (folder / LOCK).exists() and not (folder / FINISHED).exists():  # earlier versions wrote neither
+        raise UserError(
+            f"FOLDER: the run in {folder} is not finished, and its weights and results may be of different steps: "
+            "resume it first"
+        )
 
 
 def check_push(folder: Path, repo_id: str, tag: str | None, license: str | None, message: str) -> tuple[list[str], str]:

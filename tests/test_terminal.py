@@ -89,7 +89,9 @@ def test_class_table_has_one_line_for_each_class():
 def test_error_is_one_line_without_control_characters(tmp_path, capsys):
     torch.save({**tiny().state_dict(), "\x1b[2J\r\nodd": torch.ones(1)}, tmp_path / "a.pth")
     with pytest.raises(SystemExit):
-        convert_checkpoint.main([str(tmp_path / "a.pth"), str(tmp_path / "out"), "--num_attention_heads", "4"])
+        convert_checkpoint.main(
+            [str(tmp_path / "a.pth"), str(tmp_path / "out"), "--num_attention_heads", "4", "--family", "augreg"]
+        )
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and is_harmless(printed) and "\\x1b[2J" in printed
 

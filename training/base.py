@@ -1,18 +1,14 @@
 """The checkpoint that a run starts from: one of ours, or one of timm or transformers, converted in memory."""
 
-import inspect
-
 import torch
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair
-from ..conversion.convert import Checkpoint, open_checkpoint
-from ..conversion.processors import fit_processor
+from ..conversion.convert import OPTIONS, Checkpoint, open_checkpoint
+from ..conversion.processors import FAMILIES, INTERPOLATIONS, fit_processor
 from ..data.processors import stock_processor
-from ..files import UserError
+from ..files import UserError, check_types
 from ..modeling_vit_simple import ViTSimpleForImageClassification, resize
 from .config import TrainConfig, unknown
-
-CONVERSION_OPTIONS = list(inspect.signature(open_checkpoint).parameters)[1:]
 
 
 def open_base(config: TrainConfig) -> Checkpoint | None:
@@ -25,14 +21,18 @@ def open_base(config: TrainConfig) -> Checkpoint | None:
     if source is None:
         return None
     for name in options:
-        if name not in CONVERSION_OPTIONS:
-            raise unknown(name, "--conversion", CONVERSION_OPTIONS)
+        if name not in OPTIONS:
+            raise unknown(name, "--conversion", list(OPTIONS))
+    check_types(options, OPTIONS, "--conversion")
+    for name, values in (("family", FAMILIES), ("interpolation", INTERPOLATIONS)):
+        if options.get(name) not in (None, *values):
+            raise UserError(f"--conversion: expected {name} to be one of {', '.join(values)}, got {options[name]}")
     try:
         return open_checkpoint(source, **options)
     except (UserError, OSError) as error:
         reason = str(error).removeprefix("SOURCE: ")
-        missing = [name for name in CONVERSION_OPTIONS if f"--{name}" in reason]
-        hint = f"; add --conversion '{{{', '.join(f'{name}: VALUE' for name in missing)}}}'" if missing else ""
+        named = [name for name in OPTIONS if f"--{name}" in reason]
+        hint = f"; train.py takes them as --conversion '{{{named[0]}: VALUE}}'" if named else ""
         raise UserError(f"--model_name_or_path: {source} cannot be read: {reason}{hint}") from error
 
 

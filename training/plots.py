@@ -82,7 +82,7 @@ def plot_run(
             draw(folder / "confusion.png", lambda: plot_confusion(result.confusion.numpy(), class_names, title))
         if samples is not None:
             draw(folder / "predictions.png", lambda: plot_predictions(samples, shown))
-            if result.mistakes is not None:
+            if result.mistakes is not None and result.mistakes.pixels.ndim == 4:  # not features of a frozen backbone
                 draw(folder / "mistakes.png", lambda: plot_mistakes(result.mistakes, shown))
             draw(folder / "attention.png", lambda: plot_attention(model(), samples, shown))
         draw(folder / "positions.png", lambda: plot_positions(model()))

@@ -52,11 +52,11 @@ def refusal(tmp_path, source, error=UserError, **options) -> str:
     return str(caught.value)
 
 
-@pytest.fixture
 def load_for_training(config: TrainConfig):
     return load_base_model(open_base(config), config, channels=3)
 
 
+@pytest.fixture
 def checkpoint(tmp_path):
     """A converted checkpoint, and a function that changes its tensors."""
     torch.save(weights(), tmp_path / "whole.pth")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vit_simple import train
 from vit_simple.files import ROOT
 from vit_simple.train import main
 from vit_simple.training.integrity import write_sums
@@ -310,7 +309,9 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, monk
         return value
 
     cross_entropy = torch.nn.functional.cross_entropy
-    monkeypatch.setattr(train.F, "cross_entropy", lambda *given, **rest: break_seventh(cross_entropy(*given, **rest)))
+    monkeypatch.setattr(
+        torch.nn.functional, "cross_entropy", lambda *given, **rest: break_seventh(cross_entropy(*given, **rest))
+    )
     options = ["--max_steps", "40", "--logging_steps", "20", "--save_steps", "4", "--output_dir", str(folder)]
     with pytest.raises(SystemExit) as stop:
         main([*options, "--eval_steps", "40"])

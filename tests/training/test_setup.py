@@ -82,8 +82,14 @@ def test_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
         opened(classes(*NAMES), model_name_or_path=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="--conversion: 'famly' is not known, did you mean 'family'"):
         opened(classes(*NAMES), model_name_or_path=path, conversion={"famly": "google"})
+    with pytest.raises(UserError, match=r"--conversion: expected family to be one of google, .*, got gogle"):
+        opened(classes(*NAMES), model_name_or_path=path, conversion={"family": "gogle"})
+    with pytest.raises(UserError, match=r"--conversion: expected image_mean to be list or nothing, got 0.5"):
+        opened(classes(*NAMES), model_name_or_path=path, conversion={"image_mean": 0.5})
     (tmp_path / "checkpoint/preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match=r"--family is required.*; add --conversion '\{family: VALUE\}'"):
+    with pytest.raises(
+        UserError, match=r"has no image processor.*; train.py takes them as --conversion '\{family: VALUE\}'"
+    ):
         opened(classes(*NAMES), model_name_or_path=path)
 
 

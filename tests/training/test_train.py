@@ -482,7 +482,7 @@ def test_signal_outside_the_training_loop_is_one_line(monkeypatch, capsys, numbe
 
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        monkeypatch.setattr(train, "load_data", stop)
+        monkeypatch.setattr(train, "open_inputs", stop)
         with pytest.raises(SystemExit) as end:
             main([])
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
