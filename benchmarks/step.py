@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import RESULTS, machine, seconds, told, write_report
+from benchmarks.measure import RESULTS, describe, machine, seconds, write_report
 from vit_simple.data.augment import Augment
 from vit_simple.data.labels import Labels
 from vit_simple.data.processors import open_processor
@@ -151,7 +151,7 @@ def main():
     parser.add_argument("--name", default="step", help="of the file in benchmarks/results")
     arguments = parser.parse_args()
     device, report = torch.device(arguments.device), {**machine(), "rows": []}
-    print(told(report))
+    print(describe(report))
     for batch in arguments.batch_sizes or [None]:
         for way in arguments.backends:
             size = [] if batch is None else ["--per_device_train_batch_size", str(batch)]
