@@ -18,18 +18,39 @@ OTHERS = frozenset(
 )
 
 
-def files_in(folder: Path) -> list[PurePosixPath]:
-    """The files in a folder that `datasets` looks at, relative to it: none that is hidden or in a hidden folder."""
+def is_skipped(name: str) -> bool:
+    """Whether `datasets` skips files and folders of this name."""
+    return name.startswith((".", "__")) or "\n" in name
+
+
+def files_in(folder: Path, skipped: bool = False) -> list[PurePosixPath]:
+    """The files that `datasets` looks at, relative to the folder; or else those in the folders that it skips."""
     found = []
     for path, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         relative = PurePosixPath(Path(path).relative_to(folder).as_posix())
-        found += [relative / name for name in sorted(names) if not name.startswith((".", "__"))]
+        folders[:] = sorted(name for name in folders if skipped or not is_skipped(name))
+        if skipped == any(map(is_skipped, relative.parts)):
+            found += [relative / name for name in sorted(names) if not is_skipped(name)]
     return found
 
 
 def left_out(folder: Path) -> str | None:
-    """A line about the files that are probably images, but whose format `datasets` does not read."""
+    """What is probably an image, but is not read because of its format or because of the name of its folder."""
+    return "; ".join(filter(None, [unread_files(folder), skipped_folders(folder)])) or None
+
+
+def skipped_folders(folder: Path) -> str | None:
+    files = [file for file in files_in(folder, skipped=True) if file.suffix.lower() in IMAGES]
+    if not files:
+        return None
+    names = sorted({next(filter(is_skipped, file.parts)) for file in files})
+    return (
+        f"left out {len(files)} images in folders whose names begin with . or __ or have a line break, which are not "
+        f"read: {', '.join(map(repr, names[:5]))}; rename them if they are classes"
+    )
+
+
+def unread_files(folder: Path) -> str | None:
     unread = [file for file in files_in(folder) if file.suffix.lower() not in IMAGES | OTHERS]
     unread = [file for file in unread if file.suffix]
     if not unread:

@@ -136,6 +136,14 @@ def test_files_that_are_not_read_as_images_are_counted_and_named(tmp_path):
         load_image_data(write(tmp_path / "only", "train/cat/a.avif"))
 
 
+def test_classes_whose_folders_are_not_read_are_named(tmp_path):
+    folder = write(tmp_path, *classes("cat", "dog", ".a", "__b", "c\nd"), "train/.empty/notes.txt")
+    assert load_image_data(folder).report == [
+        "left out 36 images in folders whose names begin with . or __ or have a line break, which are not read: "
+        r"'.a', '__b', 'c\nd'; rename them if they are classes"
+    ]
+
+
 # Tables
 
 
