@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BaseImageProcessor
 
-from .processors import process
+from .processors import pillow_resize, process
 from .reading import BadImage, read_bytes, retry_machine_errors
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
@@ -215,7 +215,9 @@ class Decoder:
         self.crops_center = getattr(processor, "do_center_crop", False)
         self.size = shape[:0:-1]
         self.is_identity = False  # whether the processor leaves images of the right size as they are
+        self.resize = None
         if not (arrays or crop_min_area):
+            self.resize = pillow_resize(processor)
             noise = [PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[1:], 3), np.uint8))]
             self.is_identity = torch.equal(self.stack(noise), stack_as_uint8(noise))
 
@@ -264,6 +266,8 @@ class Decoder:
         images = [PIL.Image.new("RGB", self.size) if image is None else image for image in images]
         if self.is_identity and all(image.size == self.size for image in images):
             return stack_as_uint8(images)
+        if self.resize is not None:
+            return stack_as_uint8([self.resize(image) for image in images])
         return process(self.processor, images)
 
 

@@ -28,9 +28,9 @@ def files_in(folder: Path) -> list[PurePosixPath]:
     return found
 
 
-def left_out(folder: Path) -> str | None:
-    """A line about the files that are probably images, but whose format `datasets` does not read."""
-    unread = [file for file in files_in(folder) if file.suffix.lower() not in IMAGES | OTHERS]
+def left_out(files: list[PurePosixPath]) -> str | None:
+    """A line about the `files_in` a folder that are probably images, but whose format `datasets` does not read."""
+    unread = [file for file in files if file.suffix.lower() not in IMAGES | OTHERS]
     unread = [file for file in unread if file.suffix]
     if not unread:
         return None

@@ -94,6 +94,35 @@ def check_content(content: dict):
         check(name, f"from 1 to {MAX_SIDE}", lambda value: 1 <= value <= MAX_SIDE)
 
 
+def pillow_resize(processor: BaseImageProcessor) -> Callable[[PIL.Image.Image], PIL.Image.Image] | None:
+    """A function that makes the processor's pixels from an RGB image without copying it at its full size.
+
+    It takes about two thirds of the time of `process`. None if the processor does something else, such as resizing with
+    torchvision: the pixels of images of several shapes are compared.
+    """
+    size, crop = processor.size or {}, getattr(processor, "crop_size", None) or {}
+    short, crops = size.get("shortest_edge"), bool(getattr(processor, "do_center_crop", False))
+    width, height = (crop if crops else size).get("width"), (crop if crops else size).get("height")
+    if None in (width, height) or crops != (short is not None) or (crops and short < max(width, height)):
+        return None
+    if processor.resample not in (PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.BICUBIC):
+        return None  # libraries that choose another nearest pixel may agree on a few images
+
+    def resize(image: PIL.Image.Image) -> PIL.Image.Image:
+        if not crops:
+            return image.resize((width, height), processor.resample)
+        sides = [int(short * side / min(image.size)) for side in image.size]
+        left, upper = (sides[0] - width) // 2, (sides[1] - height) // 2
+        return image.resize(sides, processor.resample).crop((left, upper, left + width, upper + height))
+
+    noise = np.random.default_rng(0)
+    for shape in ((2 * height + 1, 3 * width + 2), (3 * height + 5, width), (height // 2 + 1, width // 3 + 2)):
+        image = PIL.Image.fromarray(noise.integers(0, 256, (*shape, 3), np.uint8))
+        if not np.array_equal(process(processor, [image])[0].permute(1, 2, 0), resize(image)):
+            return None
+    return resize
+
+
 def process(processor: BaseImageProcessor, images: list[PIL.Image.Image]) -> torch.Tensor:
     """uint8 (B, C, H, W): RGB images as the processor resizes and crops them, before it scales them.
 

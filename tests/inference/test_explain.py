@@ -21,9 +21,10 @@ from vit_simple.inference.attention import (
     relevance,
     rollout,
 )
-from vit_simple.inference.explain import explain_image, open_model
+from vit_simple.inference.explain import explain_image
 from vit_simple.inference.explanation import explain_pixels
 from vit_simple.inference.figures import spread
+from vit_simple.inference.opening import open_model
 from vit_simple.train import main
 
 FAMILIES = [
@@ -266,7 +267,7 @@ def test_explain_writes_figures_and_numbers(checkpoint, tmp_path, capsys):
         (["--label", "bird"], "--label: expected a label of the model, or its number below 5, got 'bird'"),
         (["--patch", "4", "0"], "--patch: expected a row below 4 and a column below 4, got (4, 0)"),
         (["--patch", "0", "-1"], "--patch: expected a row below 4"),
-        (["--model", "/dev/null"], "--model: /dev/null cannot be read"),
+        (["--model", "/dev/null"], "the model /dev/null cannot be read"),
     ],
 )
 def test_explain_refuses_what_it_cannot_show(checkpoint, tmp_path, capsys, options, message):
