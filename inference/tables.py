@@ -14,6 +14,11 @@ import pyarrow.parquet as pq
 
 from ..files import UserError, errors_that_name
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where files are not locked
+    fcntl = None
+
 SUFFIXES = (".csv", ".parquet")
 
 
@@ -36,25 +41,36 @@ class Table:
         origin: what the rows are computed from; a table that was begun with another origin does not continue.
 
     Raises:
-        UserError: the origin is another one.
+        UserError: the origin is another one, or another process writes this table.
     """
 
     def __init__(self, output: Path, schema: pa.Schema, origin: dict[str, str]):
         self.output, self.part = output, output.with_name(f"{output.name}.part")
         self.schema = schema.with_metadata({"origin": json.dumps(origin)})
-        size, self.num_rows = self.complete_batches(origin)
         with errors_that_name(self.part):
-            self.file: BinaryIO = open(self.part, "r+b" if size else "wb")  # noqa: SIM115 until the table is complete
+            self.part.touch()
+            self.file: BinaryIO = open(self.part, "r+b")  # noqa: SIM115 until the table is complete
+            self.lock()
+            size, self.num_rows = self.complete_batches(origin)
             self.file.truncate(size)
             self.file.seek(size)
             if not size:
                 self.write(self.schema)
 
+    def lock(self):
+        """Raises UserError if another process writes this table."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is writing {self.output}") from error
+        except OSError:
+            return  # a file system without locks
+
     def complete_batches(self, origin: dict[str, str]) -> tuple[int, int]:
         """Bytes and rows of the batches that were written completely before."""
         size = num_rows = 0
-        if not self.part.is_file():
-            return size, num_rows
         try:
             with pa.memory_map(str(self.part)) as source, pa.ipc.open_stream(source) as stream:
                 begun = json.loads((stream.schema.metadata or {}).get(b"origin", b"{}"))

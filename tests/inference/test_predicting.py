@@ -20,7 +20,7 @@ from vit_simple.data import reading
 from vit_simple.data.processors import stock_processor
 from vit_simple.inference import images as images_module
 from vit_simple.inference.images import find_images
-from vit_simple.inference.predicting import Predictor
+from vit_simple.inference.predicting import Predictions, Predictor, open_predictor
 from vit_simple.inference.tables import Table
 
 NAMES = ["cat", "dog", "tench, Tinca", "3", "4"]
@@ -207,6 +207,15 @@ def test_unfinished_table_of_something_else_is_refused(work, monkeypatch, capsys
     with pytest.raises(SystemExit):
         run("model", "photos", *(["--batch_size", "3"] if changed == "batch size" else []))
     assert f"out.csv.part was begun with another {changed}: delete it" in capsys.readouterr().err
+
+
+def test_table_has_one_writer(work, capsys):
+    images = find_images(["photos"])
+    first = Predictions(open_predictor("model", images), work / "out.csv")
+    with pytest.raises(SystemExit):
+        run("model", "photos")
+    assert "another process is writing out.csv" in capsys.readouterr().err
+    assert len(first.run()) == 9
 
 
 @pytest.mark.parametrize(
