@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_python
-from vit_simple import convert_checkpoint, explain, push_to_hub
+from vit_simple import convert_checkpoint, explain, predict, push_to_hub
 from vit_simple.files import ROOT
 from vit_simple.training.config import parse_config
 
@@ -58,6 +58,7 @@ def commands(script: str) -> list[list[str]]:
         ("convert_checkpoint.py", convert_checkpoint.build_parser().parse_args),
         ("push_to_hub.py", push_to_hub.build_parser().parse_args),
         ("explain.py", explain.build_parser().parse_args),
+        ("predict.py", predict.build_parser().parse_args),
     ],
 )
 def test_commands_have_options_that_exist(script, parse):
