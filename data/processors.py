@@ -19,6 +19,7 @@ MAX_SIDE = 2**14  # of the images that a processor makes
 FIELDS = {
     "image_processor_type": str | None,
     **{f"do_{name}": bool | None for name in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")},
+    **{f"do_{name}": bool | None for name in ("thumbnail", "align_long_axis", "pad")},
     **{name: int | dict[str, int | None] | None for name in ("size", "crop_size")},
     **{name: float | list[float] | None for name in ("image_mean", "image_std")},
     "rescale_factor": float | None,
@@ -52,6 +53,29 @@ def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = Non
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
+
+
+def padding_fields(image_size: tuple[int, int]) -> dict:
+    """The fields of preprocessor_config.json that resize the whole image to fit into `image_size` and pad it in black.
+
+    Of transformers' processors that pad, this one alone does it before it normalizes and returns nothing but pixels, in
+    every version. It resizes the short side to that of the model and then, if the long side is too long, both.
+    """
+    height, width = image_size
+    return {
+        "image_processor_type": "DonutImageProcessor",
+        "size": {"height": height, "width": width},
+        "resample": PIL.Image.Resampling.BICUBIC.value,  # transformers 5.0 and older take it for the second step anyway
+        "do_thumbnail": True,
+        "do_align_long_axis": False,
+        "do_pad": True,
+        "do_center_crop": False,
+    }
+
+
+def pads(processor: BaseImageProcessor) -> bool:
+    """Whether a processor has the `padding_fields`."""
+    return all(getattr(processor, f"do_{name}", None) for name in ("resize", "thumbnail", "pad"))
 
 
 def open_processor(content: dict) -> BaseImageProcessor:
