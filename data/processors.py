@@ -1,5 +1,6 @@
 """The image processor of a model that is trained from scratch, and how any processor is opened and called."""
 
+import functools
 import json
 import math
 import tempfile
@@ -131,20 +132,22 @@ def pillow_resize(processor: BaseImageProcessor) -> Callable[[PIL.Image.Image], 
         return None
     if processor.resample not in (PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.BICUBIC):
         return None  # libraries that choose another nearest pixel may agree on a few images
-
-    def resize(image: PIL.Image.Image) -> PIL.Image.Image:
-        if not crops:
-            return image.resize((width, height), processor.resample)
-        sides = [int(short * side / min(image.size)) for side in image.size]
-        left, upper = (sides[0] - width) // 2, (sides[1] - height) // 2
-        return image.resize(sides, processor.resample).crop((left, upper, left + width, upper + height))
-
+    resize = functools.partial(resize_and_crop, size=(width, height), short=short, resample=processor.resample)
     noise = np.random.default_rng(0)
     for shape in ((2 * height + 1, 3 * width + 2), (3 * height + 5, width), (height // 2 + 1, width // 3 + 2)):
         image = PIL.Image.fromarray(noise.integers(0, 256, (*shape, 3), np.uint8))
-        if not np.array_equal(process(processor, [image])[0].permute(1, 2, 0), resize(image)):
+        if not np.array_equal(process(processor, [image])[0].permute(1, 2, 0), np.asarray(resize(image))):
             return None
     return resize
+
+
+def resize_and_crop(image: PIL.Image.Image, size: tuple[int, int], short: int | None, resample: int) -> PIL.Image.Image:
+    """An image of `size` (width, height): squashed or, with a length of its short side, resized and cropped."""
+    if short is None:
+        return image.resize(size, resample)
+    sides = [int(short * side / min(image.size)) for side in image.size]
+    left, upper = ((side - kept) // 2 for side, kept in zip(sides, size))
+    return image.resize(sides, resample).crop((left, upper, left + size[0], upper + size[1]))
 
 
 def process(processor: BaseImageProcessor, images: list[PIL.Image.Image]) -> torch.Tensor:

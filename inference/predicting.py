@@ -1,6 +1,7 @@
 """Predictions of a checkpoint for many images, as a table.
 
-    predict("outputs/pets", ["photos"], "predictions.csv")
+    predictor = open_predictor("outputs/pets", find_images(["photos"]))
+    table = Predictions(predictor, Path("predictions.csv")).run()
 
 Each thread reads, decodes and classifies whole batches on one core: decoding then overlaps with the model, and no core
 waits for another. `B` batch, `C` channels, `H W` pixels, `K` labels.
@@ -226,9 +227,10 @@ class Predictions:
             tqdm(total=total, initial=self.begun, unit="image") as progress,
             warnings.catch_warnings(),
             one_core_each() as threads,
+            contextlib.closing(in_order(self.predictor.batch, batches, threads)) as predicted,
         ):
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)  # in all threads
-            for rows in in_order(self.predictor.batch, batches, threads):
+            for rows in predicted:
                 self.table.append(rows)
                 progress.update(len(rows))
         return self.table.finish(self.sort_by)
@@ -262,7 +264,10 @@ def in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
 def summary(table: pa.Table, output: Path) -> list[str]:
     """How many images there were, and the first bad ones with the reason."""
     bad = table.filter(pa.compute.field("error").is_valid())
-    lines = [f"{place}: {error}" for place, error in zip(bad["path"].to_pylist(), bad["error"].to_pylist()[:SHOWN])]
+    lines = []
+    for line in bad.slice(0, SHOWN).to_pylist():
+        place = line["path"] or f"row {line['row']}"  # not every dataset has paths
+        lines.append(f"{place}: {line['error']}")
     more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
     found = f"{len(table)} images, of which {len(bad)} cannot be used" if lines else f"{len(table)} images"
     return [*lines, *more, f"{found}: {output}"]

@@ -83,12 +83,13 @@ def test_predictions_are_those_of_a_pipeline(work, fields, function):
             assert float(row[f"probability{end}"]) == pytest.approx(expected["score"], abs=1e-5)
 
 
-def test_predictions_of_a_dataset_are_those_of_its_files(work):
+def test_predictions_of_a_dataset_are_those_of_its_files(work, capsys):
     rows = run("model", "photos/0.jpg", "photos/1.jpg")
     features = datasets.Features({"picture": datasets.Image()})
     data = datasets.Dataset.from_dict({"picture": ["photos/0.jpg", "photos/1.jpg", None]}, features)
     datasets.DatasetDict({"new": data}).save_to_disk("data")
     found = run("model", "data", "--split", "new", output="data.parquet")
+    assert "row 2: there is none" in capsys.readouterr().out
     assert [row["row"] for row in found] == [0, 1, 2] and found[2]["error"] == "there is none"
     for row, expected in zip(found, rows):
         assert (row["label"], str(row["probability"])) == (expected["label"], expected["probability"])
