@@ -11,7 +11,7 @@ import contextlib
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,7 +247,7 @@ def one_core_each() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
+def in_order(function: Callable, items: Iterable, threads: int) -> Generator:
     """`function` of each item, in order, computed by threads, which are a few items ahead."""
     pool, pending = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)), deque()
     try:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from tests.conftest import classes, data_of, tiny
 from vit_simple import ViTSimpleModel
-from vit_simple.conversion.processors import processor_output
+from vit_simple.conversion.processors import processor_output, processor_to_timm
 from vit_simple.data.processors import open_processor, stock_processor
 from vit_simple.files import UserError
 from vit_simple.training.base import open_base
@@ -158,6 +158,8 @@ def test_resize_fit_pads_and_never_crops(checkpoint):
         assert content["do_pad"] and content["size"] == {"height": 24, "width": 24} and not content["do_center_crop"]
         assert content["image_mean"] == ([0.5] * 3 if given is None else [0.1, 0.2, 0.3])
     assert processor_output(content) == (24, 24)  # another run can start from it
+    with pytest.raises(UserError, match="timm pads in another color"):
+        processor_to_timm(content, base.config)
     with pytest.raises(UserError, match="cannot be combined with arrays"):
         processor_content(config, (16, 16), False, array_shape=(3, 16, 16))
     for name in ("random_resized_crop", "crop_pct"):
