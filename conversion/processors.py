@@ -7,7 +7,7 @@ import PIL.Image
 from transformers import BaseImageProcessor
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair
-from ..data.processors import open_processor, stock_processor
+from ..data.processors import open_processor, padding_fields, pads, stock_processor
 from ..files import PREPROCESSOR, UserError
 
 BILINEAR, BICUBIC = PIL.Image.Resampling.BILINEAR.value, PIL.Image.Resampling.BICUBIC.value
@@ -29,6 +29,7 @@ INTERPOLATIONS = [method.name.lower() for method in PIL.Image.Resampling]
 SQUASHED = "the image processor squashes images, because center crops are square and the model's input is not"
 EXPECTED = "expected size, resample, image_mean and image_std"
 KNOWN_PROCESSORS = ("ViTImageProcessor", "DeiTImageProcessor", "BitImageProcessor", "CLIPImageProcessor")
+PADDING = "DonutImageProcessor"  # known with the padding that train.py --resize fit gives it
 
 
 def family_processor(family: str, image_size: tuple[int, int]) -> dict:
@@ -85,6 +86,7 @@ def fit_processor(content: dict, config: ViTSimpleConfig, report: list[str]) -> 
         report.append(f"averaged the mean and std of {len(mean)} channels, because the model has {channels}")
         mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
     return {
+        **(padding_fields((height, width)) if kind == PADDING else {}),
         "image_processor_type": kind,
         # Written out, because pipelines pass RGB images. Arrays, which are not resized, are never converted.
         "do_convert_rgb": channels == 3 and bool(processor.do_resize),
@@ -134,7 +136,7 @@ def open_known_processor(content: dict) -> tuple[BaseImageProcessor, str]:
     """The image processor and its class name, without the backend."""
     processor = open_processor(content)
     kind = re.sub("(Fast|Pil)$", "", type(processor).__name__)
-    if kind not in KNOWN_PROCESSORS:
+    if kind not in KNOWN_PROCESSORS and not (kind == PADDING and pads(processor)):
         raise UserError(f"{PREPROCESSOR}: expected {' or '.join(KNOWN_PROCESSORS)}, got {kind}")
     return processor, kind
 
@@ -176,6 +178,8 @@ def processor_to_timm(processor: dict, config: ViTSimpleConfig) -> dict:
     size, (height, width) = processor["size"], pair(config.image_size)
     if not (processor["do_resize"] and processor["do_rescale"] and math.isclose(processor["rescale_factor"], 1 / 255)):
         raise UserError(f"--to timm: expected an image processor that resizes and scales by 1 / 255, got {processor}")
+    if processor.get("do_pad"):
+        raise UserError("--to timm: expected an image processor without padding, since timm pads in another color")
     normalizes = processor["do_normalize"]
     return {
         "input_size": [config.num_channels, height, width],

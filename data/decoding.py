@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BaseImageProcessor
 
-from .processors import process
+from .processors import pads, pillow_resize, process
 from .reading import BadImage, read_bytes, retry_machine_errors
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
@@ -214,8 +214,11 @@ class Decoder:
         self.crop_min_area, self.seed, self.sources = crop_min_area, seed, sources
         self.crops_center = getattr(processor, "do_center_crop", False)
         self.size = shape[:0:-1]
+        self.max_aspect_ratio = min(MAX_ASPECT_RATIO, *self.size) if pads(processor) else math.inf
         self.is_identity = False  # whether the processor leaves images of the right size as they are
+        self.resize = None
         if not (arrays or crop_min_area):
+            self.resize = pillow_resize(processor)
             noise = [PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[1:], 3), np.uint8))]
             self.is_identity = torch.equal(self.stack(noise), stack_as_uint8(noise))
 
@@ -245,7 +248,11 @@ class Decoder:
         if isinstance(source, np.ndarray):
             return torch.tensor(source)
         with raise_bad_image():
-            return self.cut_long_image(load_rgb(open_image(source), self.bit_depth, changes))
+            image = load_rgb(open_image(source), self.bit_depth, changes)
+        if max(image.size) > self.max_aspect_ratio * min(image.size):  # resizing it first takes memory
+            ratio = f"at most {self.max_aspect_ratio} times as long as wide"
+            raise BadImage(f"expected an image that is {ratio}, since it is padded, got {image.size}")
+        return self.cut_long_image(image)
 
     def cut_long_image(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """Cuts a very long image to its middle, the only part that is used, since resizing all of it takes memory."""
@@ -264,6 +271,8 @@ class Decoder:
         images = [PIL.Image.new("RGB", self.size) if image is None else image for image in images]
         if self.is_identity and all(image.size == self.size for image in images):
             return stack_as_uint8(images)
+        if self.resize is not None:
+            return stack_as_uint8([self.resize(image) for image in images])
         return process(self.processor, images)
 
 

@@ -18,40 +18,37 @@ OTHERS = frozenset(
 )
 
 
-def is_skipped(name: str) -> bool:
-    """Whether `datasets` skips files and folders of this name."""
-    return name.startswith((".", "__")) or "\n" in name
+def is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
 
 
-def files_in(folder: Path, skipped: bool = False) -> list[PurePosixPath]:
-    """The files that `datasets` looks at, relative to the folder; or else those in the folders that it skips."""
+def files_in(folder: Path, hidden: bool = False) -> list[PurePosixPath]:
+    """The files in a folder, relative to it, but for hidden ones; or only those in hidden folders."""
     found = []
     for path, folders, names in os.walk(folder, followlinks=True):
         relative = PurePosixPath(Path(path).relative_to(folder).as_posix())
-        folders[:] = sorted(name for name in folders if skipped or not is_skipped(name))
-        if skipped == any(map(is_skipped, relative.parts)):
-            found += [relative / name for name in sorted(names) if not is_skipped(name)]
+        folders[:] = sorted(name for name in folders if hidden or not is_hidden(name))
+        if hidden == any(map(is_hidden, relative.parts)):
+            found += [relative / name for name in sorted(names) if not is_hidden(name)]
     return found
 
 
-def left_out(folder: Path) -> str | None:
+def left_out_of_dataset(folder: Path) -> str | None:
     """What is probably an image, but is not read because of its format or because of the name of its folder."""
-    return "; ".join(filter(None, [unread_files(folder), skipped_folders(folder)])) or None
-
-
-def skipped_folders(folder: Path) -> str | None:
-    files = [file for file in files_in(folder, skipped=True) if file.suffix.lower() in IMAGES]
-    if not files:
-        return None
-    names = sorted({next(filter(is_skipped, file.parts)) for file in files})
-    return (
-        f"left out {len(files)} images in folders whose names begin with . or __ or have a line break, which are not "
+    files = files_in(folder)
+    unread = [file for file in files if "\n" in str(file.parent)] + files_in(folder, hidden=True)
+    unread = [file for file in unread if file.suffix.lower() in IMAGES]
+    names = sorted({part for file in unread for part in file.parts if is_hidden(part) or "\n" in part})
+    line = (
+        f"left out {len(unread)} images in folders whose names begin with . or __ or have a line break, which are not "
         f"read: {', '.join(map(repr, names[:5]))}; rename them if they are classes"
     )
+    return "; ".join(filter(None, [left_out(files), line if unread else None])) or None
 
 
-def unread_files(folder: Path) -> str | None:
-    unread = [file for file in files_in(folder) if file.suffix.lower() not in IMAGES | OTHERS]
+def left_out(files: list[PurePosixPath]) -> str | None:
+    """A line about the `files_in` a folder that are probably images, but whose format `datasets` does not read."""
+    unread = [file for file in files if file.suffix.lower() not in IMAGES | OTHERS]
     unread = [file for file in unread if file.suffix]
     if not unread:
         return None

@@ -28,7 +28,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from tqdm import tqdm
 
 from ..files import ROOT, UserError
-from .folders import left_out, why_no_classes
+from .folders import left_out_of_dataset, why_no_classes
 from .labels import LabelColumn, LabelCounts, Labels, column_names, find_label_column, label_notes
 from .reading import dataset_sources
 from .splitting import split_rows, subsample
@@ -99,7 +99,7 @@ def load_image_data(
     """Loads a dataset and checks its labels.
 
     Args:
-        name, config_name, revision: see `load_splits`.
+        name, config_name, revision: see `open_splits`.
         image_column, label_column: needed if several columns could be meant.
         validation_fraction: fraction of "train", in [0, 1), that is held out, stratified by class, if there is no
             validation split. The same seed holds out the same rows. A stream is never split.
@@ -113,7 +113,7 @@ def load_image_data(
         UserError: the dataset cannot be loaded, lacks a split or column, or has labels that cannot be learned.
     """
     splits, path, report = load_splits(name, config_name, revision, streaming), local_path(name), []
-    if splits["train"].info.builder_name == "imagefolder" and path.is_dir() and (line := left_out(path)):
+    if splits["train"].info.builder_name == "imagefolder" and path.is_dir() and (line := left_out_of_dataset(path)):
         report.append(line)
     features = splits["train"].features
     image_column, label_column = find_columns(features, image_column, label_column, path)
@@ -164,7 +164,7 @@ def explained_by_folder(path: Path):
     try:
         yield
     except UserError as error:
-        if path.is_dir() and (line := left_out(path)):
+        if path.is_dir() and (line := left_out_of_dataset(path)):
             raise UserError(f"{error}; {line}") from error
         raise
 
@@ -198,7 +198,21 @@ def local_path(name: str) -> Path:
 def load_splits(
     name: str, config_name: str | None = None, revision: str | None = None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
-    """The splits "train" and, if they exist, "validation" and "test" of a dataset.
+    """The splits "train" and, if they exist, "validation" and "test" of a dataset, see `open_splits`.
+
+    Raises:
+        UserError: it cannot be loaded, or has no "train" split.
+    """
+    splits = open_splits(name, config_name, revision, streaming)
+    if "train" not in splits:
+        raise UserError(f"--dataset_name: expected a 'train' split in {name!r}, got {', '.join(splits)}")
+    return standard_splits(splits)
+
+
+def open_splits(
+    name: str, config_name: str | None = None, revision: str | None = None, streaming: bool = False
+) -> dict[str, Dataset | IterableDataset]:
+    """All splits of a dataset, under their own names.
 
     Args:
         name: a Hub id, a folder of images or data files, a folder written by `save_to_disk`, or one parquet, arrow or
@@ -208,7 +222,7 @@ def load_splits(
         streaming: read rows when they are needed. A folder written by `save_to_disk` cannot be streamed.
 
     Raises:
-        UserError: it cannot be loaded, or has no "train" split.
+        UserError: it cannot be loaded.
     """
     path = local_path(name)
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
@@ -222,12 +236,8 @@ def load_splits(
     with explained_by_folder(path), raise_user_error(failure, RuntimeError), quiet:  # RuntimeError: it needs a script
         if is_saved:
             splits = load_from_disk(str(path))
-            splits = splits if isinstance(splits, DatasetDict) else {"train": splits}
-        else:
-            splits = load_dataset(**builder_arguments(name, config_name, revision), streaming=streaming)
-    if "train" not in splits:
-        raise UserError(f"--dataset_name: expected a 'train' split in {name!r}, got {', '.join(splits)}")
-    return standard_splits(splits)
+            return splits if isinstance(splits, DatasetDict) else {"train": splits}
+        return load_dataset(**builder_arguments(name, config_name, revision), streaming=streaming)
 
 
 def standard_splits(splits: dict) -> dict:

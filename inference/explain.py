@@ -7,21 +7,17 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
-from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..configuration_vit_simple import ViTSimpleConfig
 from ..data.decoding import load_rgb, open_image, raise_bad_image
-from ..data.processors import open_processor
-from ..files import PREPROCESSOR, UserError, file_name, has_head, write_atomically
-from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
+from ..files import UserError, file_name, write_atomically
+from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .attention import position_similarity
 from .explanation import Explanation, explain_pixels, rounded
 from .figures import box_of, draw_positions, some_positions
 from .fonts import plain_text, readable_names
+from .opening import open_model
 
 
 def explain_image(
@@ -34,29 +30,6 @@ def explain_image(
     """Explains an image, uint8 (H, W, 3), of any size; see `explain_pixels`."""
     pixel_values = processor(image, input_data_format="channels_last", return_tensors="pt").pixel_values
     return explain_pixels(model, pixel_values, image, box_of(processor, image.shape[1], image.shape[0]), patch, label)
-
-
-def open_model(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """The model of a checkpoint, a classifier if it has a head, and its image processor.
-
-    Raises:
-        UserError: it cannot be read, is of another model type, or takes no RGB images.
-    """
-    try:
-        content = PretrainedConfig.get_config_dict(path)[0]
-        if content.get("model_type") != ViTSimpleConfig.model_type:
-            raise UserError(
-                f"expected the model type vit_simple, got {content.get('model_type')}; convert_checkpoint.py converts "
-                "checkpoints of timm and transformers"
-            )
-        model_class = ViTSimpleForImageClassification if has_head(content) else ViTSimpleModel
-        model = model_class.from_pretrained(path, dtype=torch.float32)
-        processor = json.loads(Path(cached_file(path, PREPROCESSOR)).read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:  # the config raises ValueError
-        raise UserError(f"--model: {path} cannot be read: {error}") from error
-    if model.config.num_channels != 3:
-        raise UserError(f"--model: expected a model of RGB images, got one of {model.config.num_channels} channels")
-    return model.eval(), open_processor(processor)
 
 
 def read_image(path: str) -> np.ndarray:

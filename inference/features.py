@@ -8,7 +8,6 @@
 
 import contextlib
 import copy
-import hashlib
 import os
 import warnings
 from pathlib import Path
@@ -34,6 +33,7 @@ from ..data.dataloader import MapStyleSplit, seed_for
 from ..data.fingerprint import digest, hash_images
 from ..data.labels import SINGLE, Labels
 from ..files import UserError
+from .opening import hash_weights
 
 CACHE = Path(constants.HF_HOME) / "vit_simple" / "features"
 STRENGTHS = np.logspace(-5, 2, 8)  # of which cross-validation chooses one
@@ -107,16 +107,13 @@ def cached_features(model: ViTSimpleForImageClassification, split: MapStyleSplit
 
 def key_of(model: ViTSimpleForImageClassification, split: MapStyleSplit) -> str:
     """A hash of everything that the features and the targets of a split depend on."""
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("head."):
-            weights.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
     data, rows = split.data, split.rows
     images = hash_images(rows, data.image_column, len(rows))
     config = {name: getattr(model.config, name) for name in OWN_FIELDS}
     labels = [data.labels.class_names, data.labels.mean, data.labels.std, rows[data.labels.column][:]]
     processor = split.decode.processor.to_dict()
-    return digest([__version__, config, weights.hexdigest(), processor, split.split, labels, images])
+    return digest([__version__, config, hash_weights(weights), processor, split.split, labels, images])
 
 
 def images_with_class(features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

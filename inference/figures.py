@@ -33,9 +33,14 @@ def box_of(processor: BaseImageProcessor, width: int, height: int) -> Box:
         shorter, longer = sorted(resized)
         edges = {shorter: size["shortest_edge"], longer: int(size["shortest_edge"] * longer / shorter)}
         resized = edges[width], edges[height]
+    elif options.get("do_pad"):
+        scale = min(size["width"] / width, size["height"] / height)
+        resized = round(width * scale), round(height * scale)
     elif size:
         resized = size["width"], size["height"]
-    crop = options["crop_size"] if options.get("do_center_crop") else {"width": resized[0], "height": resized[1]}
+    crop = {"width": resized[0], "height": resized[1]}
+    if options.get("do_center_crop") or options.get("do_pad"):
+        crop = options["crop_size"] if options.get("do_center_crop") else size
     left, upper = (resized[0] - crop["width"]) // 2, (resized[1] - crop["height"]) // 2
     x, y = width / resized[0], height / resized[1]
     return left * x, upper * y, (left + crop["width"]) * x, (upper + crop["height"]) * y

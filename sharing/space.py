@@ -97,6 +97,7 @@ def page_processor(folder: Path, config: ViTSimpleConfig) -> dict:
         "resample of 2 or 3 (bilinear, bicubic)": int(processor.resample or 0) in (BILINEAR, BICUBIC),
         "size with height and width, or with shortest_edge": set(size) in ({"height", "width"}, {"shortest_edge"}),
         "crop_size not larger than size": not crops or max(crop.values()) <= min(size.values()),
+        "no do_pad": not getattr(processor, "do_pad", False),
         "do_center_crop with shortest_edge": crops or "shortest_edge" not in size,
     }
     if wrong := [expected for expected, holds in problems.items() if not holds]:

@@ -25,5 +25,11 @@ main(["--num_train_epochs", "1"])
 """
     run_python(python, tmp_path / "work", code, tmp_path / "environment")
     assert (tmp_path / "work/outputs/digits/model.safetensors").exists()
-    for name in ("vit-simple-train", "vit-simple-push", "vit-simple-convert", "vit-simple-export"):
+    for name in (
+        "vit-simple-train",
+        "vit-simple-push",
+        "vit-simple-convert",
+        "vit-simple-export",
+        "vit-simple-predict",
+    ):
         subprocess.run([python.parent / name, "--help"], cwd=tmp_path, check=True, capture_output=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_python
-from vit_simple import convert_checkpoint, explain, export, probe, push_to_hub
+from vit_simple import convert_checkpoint, explain, export, predict, probe, push_to_hub
 from vit_simple.files import ROOT
 from vit_simple.training.config import parse_config
 
@@ -60,6 +60,7 @@ def commands(script: str) -> list[list[str]]:
         ("explain.py", explain.build_parser().parse_args),
         ("export.py", export.build_parser().parse_args),
         ("probe.py", probe.build_parser().parse_args),
+        ("predict.py", predict.build_parser().parse_args),
     ],
 )
 def test_commands_have_options_that_exist(script, parse):

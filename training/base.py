@@ -75,8 +75,11 @@ def change(config: ViTSimpleConfig, **fields) -> ViTSimpleConfig:
     return changed
 
 
-def base_processor(base: Checkpoint, image_size: tuple[int, int], crop_pct: float | None) -> dict:
+def base_processor(base: Checkpoint, image_size: tuple[int, int], crop_pct: float | None, padding: dict) -> dict:
     """The checkpoint's image processor for this size: with its mean, std and interpolation and, by default, its crop.
+
+    Args:
+        padding: see `padding_fields`; {} without padding.
 
     Raises:
         UserError: --crop_pct does not suit the size.
@@ -90,6 +93,7 @@ def base_processor(base: Checkpoint, image_size: tuple[int, int], crop_pct: floa
         content = content | {
             name: crop[name] for name in ("image_processor_type", "size", "do_center_crop", "crop_size")
         }
+    content = {name: value for name, value in content.items() if name != "crop_size"} | padding if padding else content
     return fit_processor(content, change(base.config, image_size=list(image_size)), base.report)
 
 

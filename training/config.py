@@ -75,6 +75,13 @@ class TrainConfig:
         "smallest crop, as a fraction of the image area; 0 disables (default: 0.08, or 0 if all training images have "
         "the same size and fit in the cache)",
     )
+    resize: str = option(
+        "data",
+        "auto",
+        ("auto", "fit"),
+        "fit: show the whole image, padded in black to the model's size, in training and evaluation; auto: crop it, or "
+        "change its proportions",
+    )
     crop_pct: float | None = option(
         "data",
         None,
@@ -247,6 +254,10 @@ class TrainConfig:
             raise UserError("--variant and --image_size cannot be combined with --model, which sets both")
         if self.streaming and (self.max_train_samples is not None or self.max_eval_samples is not None):
             raise UserError("--max_train_samples and --max_eval_samples cannot be combined with --streaming")
+        if self.resize == "fit" and (self.random_resized_crop or self.crop_pct is not None):
+            raise UserError(
+                "--resize fit cannot be combined with --random_resized_crop and --crop_pct: nothing is cropped"
+            )
         if self.model_name_or_path is not None:
             for name in ("variant", "model"):
                 if getattr(self, name) is not None:

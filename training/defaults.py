@@ -63,7 +63,7 @@ def with_fine_tuning_defaults(config: TrainConfig, data: ImageData, width: int, 
         config.per_device_train_batch_size,
         config.freeze_backbone,
     )
-    if data.array_shape is not None:
+    if data.array_shape is not None or config.resize == "fit":
         chosen["random_resized_crop"] = 0.0
     chosen = {name: chosen[name] for name in names}
     options = " ".join(f"--{name} {value:g}" for name, value in chosen.items())

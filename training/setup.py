@@ -14,7 +14,7 @@ from ..data.dataloader import MapStyleSplit, find_bit_depth, fits_in_cache, have
 from ..data.decoding import Decoder
 from ..data.labels import REGRESSION, SINGLE, Labels
 from ..data.loading import ImageData, load_image_data
-from ..data.processors import open_processor, stock_processor
+from ..data.processors import open_processor, padding_fields, stock_processor
 from ..data.streaming import StreamingSplit
 from ..files import UserError, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
@@ -257,15 +257,16 @@ def processor_content(
     """The content of preprocessor_config.json: the checkpoint's, or a stock one that makes RGB values in [-1, 1].
 
     Images are resized to `image_size`; with --crop_pct, or if training crops at random (`cropped`), their short side is
-    resized and the center is cropped. Arrays of shape (C, H, W) are only rescaled.
+    resized and the center is cropped; with --resize fit they are padded. Arrays of shape (C, H, W) are only rescaled.
 
     Raises:
-        UserError: --crop_pct does not suit the images.
+        UserError: --crop_pct or --resize does not suit the images.
     """
-    if array_shape is not None and config.crop_pct is not None:
-        raise UserError("--crop_pct cannot be combined with arrays, which are neither resized nor cropped")
+    if array_shape is not None and (config.crop_pct is not None or config.resize == "fit"):
+        raise UserError("--crop_pct and --resize fit cannot be combined with arrays, which are not resized")
+    padding = padding_fields(image_size) if config.resize == "fit" else {}
     if base is not None:
-        return base_processor(base, image_size, config.crop_pct)
+        return base_processor(base, image_size, config.crop_pct, padding)
     height, width = image_size
     if height != width and config.crop_pct is not None:
         raise UserError(f"--crop_pct needs a square image_size, got {image_size}")
@@ -273,7 +274,7 @@ def processor_content(
         scale = {"image_mean": [0.5] * array_shape[0], "image_std": [0.5] * array_shape[0]}
         return stock_processor(image_size) | {"do_convert_rgb": False, "do_resize": False} | scale
     crops = height == width and (cropped or config.crop_pct is not None)
-    return stock_processor(image_size, round(height / (config.crop_pct or 0.875)) if crops else None)
+    return stock_processor(image_size, round(height / (config.crop_pct or 0.875)) if crops else None) | padding
 
 
 def build_splits(
@@ -323,7 +324,7 @@ def build_splits(
 
 def default_crop_area(config: TrainConfig, data: ImageData, shape: tuple[int, int, int]) -> float:
     """The minimum area of random crops without --random_resized_crop; 0: no crops."""
-    if config.eval_only or data.array_shape is not None:
+    if config.eval_only or data.array_shape is not None or config.resize == "fit":
         return 0.0
     is_cached = not config.streaming and fits_in_cache(data.sizes["train"], shape)
     return 0.0 if is_cached and have_equal_sizes(data) else 0.08

@@ -13,7 +13,8 @@ from transformers.image_utils import load_image
 
 from vit_simple.data.augment import Augment
 from vit_simple.data.decoding import Decoder
-from vit_simple.data.processors import stock_processor
+from vit_simple.data.processors import padding_fields, stock_processor
+from vit_simple.data.reading import BadImage
 
 SIZE = (16, 16)
 PROCESSORS = {
@@ -98,6 +99,29 @@ def test_long_images_are_within_one_level_of_the_pipeline(processor, tmp_path):
     (ours,) = decoded(processor, tmp_path / "long.png")
     theirs = by_pipeline(processor, load_image(str(tmp_path / "long.png")), do_rescale=False, do_normalize=False)
     assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (24, 16)])
+def test_padded_pixels_are_those_of_the_pipeline_and_show_the_whole_image(size, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stock_processor(size) | padding_fields(size)))
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    decode, height, width = Decoder(processor, (3, *size)), *size
+    for shape in ((40, 40), (60, 20), (20, 61), (9, 5), (300, 30), (25, 200)):
+        image = line(*shape).point(lambda value: 100 + value // 2)  # nowhere black, as the padding is
+        image.save(tmp_path / "image.png")
+        ours = decode.stack([decode({"bytes": (tmp_path / "image.png").read_bytes(), "path": None}, 0, 0)])
+        assert torch.equal(ours[0], by_pipeline(processor, image, do_rescale=False, do_normalize=False))
+        normalized = Augment(processor, 2).normalize(ours)[0]
+        assert (normalized - by_pipeline(processor, image)).abs().max() <= 1e-6
+        scale = min(width / shape[0], height / shape[1])
+        seen = ours[0].sum(0) > 0
+        for axis, side, length in ((0, shape[0], width), (1, shape[1], height)):
+            covered = seen.any(axis).nonzero()[:, 0]
+            left, right = covered[0], length - 1 - covered[-1]
+            assert abs(len(covered) - side * scale) <= 1 and abs(left - right) <= 1
+    line(300, 1).save(tmp_path / "long.png")
+    with pytest.raises(BadImage, match="at most 16 times as long as wide, since it is padded"):
+        decode({"bytes": (tmp_path / "long.png").read_bytes(), "path": None}, 0, 0)
 
 
 def test_transparent_images_lie_on_white_where_pipelines_drop_transparency(processor, tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import DIGITS, processor, tiny
 from vit_simple import ViTSimpleModel, explain
-from vit_simple.data.processors import stock_processor
+from vit_simple.data.processors import open_processor, padding_fields, stock_processor
 from vit_simple.inference.attention import (
     eager_attention,
     look,
@@ -21,9 +21,10 @@ from vit_simple.inference.attention import (
     relevance,
     rollout,
 )
-from vit_simple.inference.explain import explain_image, open_model
+from vit_simple.inference.explain import explain_image
 from vit_simple.inference.explanation import explain_pixels
-from vit_simple.inference.figures import spread
+from vit_simple.inference.figures import box_of, spread
+from vit_simple.inference.opening import open_model
 from vit_simple.train import main
 
 FAMILIES = [
@@ -206,6 +207,11 @@ def test_brightest_patch_lies_on_a_white_square(width, height, is_cropped):
         assert np.isnan(over).any() == is_cropped
 
 
+def test_box_of_a_padded_image_reaches_beyond_its_edges():
+    padded = open_processor(stock_processor((16, 16)) | padding_fields((16, 16)))
+    assert box_of(padded, 40, 20) == (0, -10, 40, 30) and box_of(padded, 20, 40) == (-10, 0, 30, 40)
+
+
 # The sanity check of Adebayo et al., arXiv:1810.03292
 
 
@@ -266,7 +272,7 @@ def test_explain_writes_figures_and_numbers(checkpoint, tmp_path, capsys):
         (["--label", "bird"], "--label: expected a label of the model, or its number below 5, got 'bird'"),
         (["--patch", "4", "0"], "--patch: expected a row below 4 and a column below 4, got (4, 0)"),
         (["--patch", "0", "-1"], "--patch: expected a row below 4"),
-        (["--model", "/dev/null"], "--model: /dev/null cannot be read"),
+        (["--model", "/dev/null"], "the model /dev/null cannot be read"),
     ],
 )
 def test_explain_refuses_what_it_cannot_show(checkpoint, tmp_path, capsys, options, message):

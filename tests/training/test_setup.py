@@ -5,14 +5,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.conftest import classes, tiny
+from tests.conftest import classes, data_of, tiny
 from vit_simple import ViTSimpleModel
+from vit_simple.conversion.processors import processor_output, processor_to_timm
 from vit_simple.data.processors import open_processor, stock_processor
 from vit_simple.files import UserError
 from vit_simple.training.base import open_base
 from vit_simple.training.config import TrainConfig, parse_config
 from vit_simple.training.devices import build_loader_context
-from vit_simple.training.setup import build_model, build_model_config, processor_content
+from vit_simple.training.setup import build_model, build_model_config, default_crop_area, processor_content
 
 NAMES = ["a", "b", "c"]
 
@@ -144,6 +145,26 @@ def test_evaluation_crops_the_center_if_training_crops_at_random():
     assert processor_content(TrainConfig(), (224, 224), True)["size"] == {"shortest_edge": 256}
     with pytest.raises(UserError, match=r"--crop_pct needs a square image_size, got \(16, 32\)"):
         processor_content(TrainConfig(crop_pct=0.9), (16, 32), cropped=False)
+
+
+def test_resize_fit_pads_and_never_crops(checkpoint):
+    path = checkpoint[1]
+    config = TrainConfig(resize="fit")
+    assert default_crop_area(config, data_of([None], [0]), (3, 16, 16)) == 0
+    base = open_base(TrainConfig(model_name_or_path=path))
+    for options, given in (({}, None), ({"model_name_or_path": path}, base)):
+        config = TrainConfig(resize="fit", **options)
+        content = processor_content(config, (24, 24), cropped=False, base=given)
+        assert content["do_pad"] and content["size"] == {"height": 24, "width": 24} and not content["do_center_crop"]
+        assert content["image_mean"] == ([0.5] * 3 if given is None else [0.1, 0.2, 0.3])
+    assert processor_output(content) == (24, 24)  # another run can start from it
+    with pytest.raises(UserError, match="timm pads in another color"):
+        processor_to_timm(content, base.config)
+    with pytest.raises(UserError, match="cannot be combined with arrays"):
+        processor_content(config, (16, 16), False, array_shape=(3, 16, 16))
+    for name in ("random_resized_crop", "crop_pct"):
+        with pytest.raises(UserError, match="nothing is cropped"):
+            TrainConfig(resize="fit", **{name: 0.5})
 
 
 @pytest.mark.parametrize(

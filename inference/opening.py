@@ -1,0 +1,60 @@
+"""Opens a checkpoint for inference: its model, its image processor and its record."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from ..configuration_vit_simple import ViTSimpleConfig
+from ..data.processors import open_processor
+from ..files import PREPROCESSOR, RECORD, UserError, has_head, read_json
+from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
+
+
+def open_model(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The model of a checkpoint (a folder or a Hub id), a classifier if it has a head, and its image processor.
+
+    The model's code is that of this package: no code of the checkpoint runs.
+
+    Raises:
+        UserError: it cannot be read, is of another model type, or takes no RGB images.
+    """
+    try:
+        content = PretrainedConfig.get_config_dict(path)[0]
+        if content.get("model_type") != ViTSimpleConfig.model_type:
+            raise UserError(
+                f"expected the model type vit_simple, got {content.get('model_type')}; convert_checkpoint.py converts "
+                "checkpoints of timm and transformers"
+            )
+        model_class = ViTSimpleForImageClassification if has_head(content) else ViTSimpleModel
+        model = model_class.from_pretrained(path, dtype=torch.float32)
+        processor = json.loads(Path(cached_file(path, PREPROCESSOR)).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:  # the config raises ValueError
+        raise UserError(f"the model {path} cannot be read: {error}") from error
+    if model.config.num_channels != 3:
+        raise UserError(f"expected a model of RGB images, got one of {model.config.num_channels} channels")
+    return model.eval(), open_processor(processor)
+
+
+def open_record(path: str, fields: dict) -> dict:
+    """How the checkpoint was made, {} if it does not say so.
+
+    Args:
+        fields: the types of the fields that are used, see `check_types`.
+
+    Raises:
+        UserError: it is not a JSON object, or a field has another type.
+    """
+    file = cached_file(path, RECORD, _raise_exceptions_for_missing_entries=False)
+    return {} if file is None else read_json(Path(file), fields)
+
+
+def hash_weights(weights: dict[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in weights.items():
+        found.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
