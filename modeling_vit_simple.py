@@ -367,8 +367,12 @@ def load_resized(load, path, config, kwargs):
         config = copy.deepcopy(target)
         config.update({name: getattr(stored, name) for name in RESIZABLE_FIELDS})
     target.check()
+    adapter = dict(kwargs.pop("adapter_kwargs", None) or {})  # of PEFT, from the Auto classes
     loaded = load(path, config=config, **kwargs)
-    resize(loaded[0] if isinstance(loaded, tuple) else loaded, target)  # a tuple with output_loading_info
+    model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
+    resize(model, target)
+    if "_adapter_model_path" in adapter:  # its head fits the new labels only
+        model.load_adapter(adapter.pop("_adapter_model_path"), adapter_kwargs=adapter)
     return loaded
 
 
