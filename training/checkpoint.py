@@ -210,13 +210,11 @@ class Checkpoints:
 # The result
 
 
-def save_result(
-    model: ViTSimpleForImageClassification, weights: dict, folder: Path, adapter_base: str | None = None
-):
+def save_result(model: ViTSimpleForImageClassification, weights: dict, folder: Path, adapter_base: str | None = None):
     """Saves weights, config and code. They are written aside first, so that no full disk destroys an earlier result.
 
     Args:
-        adapter_base: a checkpoint, to save the adapter that LoRA adds to it; by default, LoRA is merged into the weights.
+        adapter_base: a checkpoint, to save the adapter that LoRA adds to it; by default, LoRA is merged.
 
     Raises:
         RunError: they cannot be written.

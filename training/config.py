@@ -287,7 +287,7 @@ class TrainConfig:
                 raise UserError("--lora_save needs --lora_rank")
             return
         if self.model_name_or_path is None:
-            raise UserError("--lora_rank needs --model_name_or_path: LoRA keeps the weights, so they must be pretrained")
+            raise UserError("--lora_rank needs --model_name_or_path: LoRA adapts pretrained weights")
         if self.freeze_backbone:
             raise UserError("--lora_rank cannot be combined with --freeze_backbone: LoRA freezes it and adds to it")
         if self.optim == "muon":

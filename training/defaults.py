@@ -3,8 +3,9 @@
 Sources: layer decay, warmup and a cosine schedule from BEiT (Bao et al., 2021, arXiv:2106.08254) and MAE (He et al.,
 2021, arXiv:2111.06377, appendix A.1); a length that depends on the number of images from BiT (Kolesnikov et al., 2019,
 arXiv:1912.11370, section 3.3); a learning rate that grows with the square root of the batch, as suits Adam (Malladi et
-al., 2022, arXiv:2205.10287). For LoRA, one learning rate in all layers, as its paper has it (Hu et al., 2021,
-arXiv:2106.09685, appendix D), about ten times that of full fine-tuning (Biderman et al., 2024, arXiv:2405.09673). recipes/fine_tune.yaml says what was measured.
+al., 2022, arXiv:2205.10287). For LoRA, one learning rate for all layers, as in its paper (Hu et al., 2021,
+arXiv:2106.09685, appendix D), about ten times that of full fine-tuning (Biderman et al., 2024, arXiv:2405.09673).
+recipes/fine_tune.yaml says what was measured for full fine-tuning.
 """
 
 import math

@@ -1,7 +1,7 @@
 """LoRA through PEFT: low-rank additions to frozen weights (Hu et al., 2021, arXiv:2106.09685).
 
-A weight W (out, in) becomes W + B A, where A is (rank, in), B is (out, rank) and starts at zero. As in the paper's section
-4.2, attention is adapted and the MLP is not: `qkv` and `proj` of each block. The head is trained as a whole.
+A weight W (out, in) becomes W + B A, where A is (rank, in), and B is (out, rank) and starts at zero. As in section 4.2
+of the paper, attention is adapted and the MLP is not: `qkv` and `proj` of each block. The head is trained as a whole.
 """
 
 import importlib.util
@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from ..configuration_vit_simple import ViTSimpleConfig
 from ..conversion.convert import Checkpoint
-from ..files import UserError, read_json
+from ..files import ADAPTER, UserError, read_json
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .config import TrainConfig
 
 TARGETS = ["attn.qkv", "attn.proj"]
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER
 BASE, A, B = ".base_layer", ".lora_A.default", ".lora_B.default"  # what PEFT inserts into the names of parameters
 
 
@@ -34,8 +34,8 @@ def check_lora(config: TrainConfig, base: Checkpoint | None):
         )
     if config.lora_save == "adapter" and not base.origin.startswith("vit_simple "):
         raise UserError(
-            f"--lora_save adapter needs a checkpoint of vit_simple, to which the adapter will be added; got {base.origin}: "
-            "convert it with convert_checkpoint.py first, or save the merged weights"
+            f"--lora_save adapter needs a checkpoint of vit_simple, to which PEFT can add it, got {base.origin}: "
+            "convert it with convert_checkpoint.py first, or use --lora_save merged"
         )
 
 
