@@ -29,6 +29,7 @@ RECORD = "provenance.json"
 INHERITED = ("base_model", "license", "license_name", "license_link")
 PREPROCESSOR = "preprocessor_config.json"
 SAFETENSORS = ("model.safetensors", "model-?????-of-?????.safetensors")  # glob patterns: one file, or shards
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # as PEFT names them
 ONNX_FILES = ("onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx")  # as transformers.js names them
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -311,6 +312,15 @@ def inherited(folder: Path) -> dict:
         return {}
     data = open_card(read_text(file), str(file)).data.to_dict()
     return {name: data[name] for name in INHERITED if data.get(name)}
+
+
+def refuse_adapter(folder: Path):
+    """Raises UserError if the folder holds what PEFT adds to a checkpoint instead of a checkpoint."""
+    if (folder / ADAPTER[0]).is_file() and not any(folder.glob(SAFETENSORS[0])):
+        raise UserError(
+            f"expected a whole checkpoint, got an adapter of PEFT in {folder}: merge it into its base model first, "
+            "with PeftModel.from_pretrained(base, adapter).merge_and_unload(), and save the result"
+        )
 
 
 def has_head(config: dict) -> bool:

@@ -367,8 +367,11 @@ def load_resized(load, path, config, kwargs):
         config = copy.deepcopy(target)
         config.update({name: getattr(stored, name) for name in RESIZABLE_FIELDS})
     target.check()
+    adapter = dict(kwargs.pop("adapter_kwargs", None) or {})  # of PEFT, from the Auto classes
     loaded = load(path, config=config, **kwargs)
-    resize(loaded[0] if isinstance(loaded, tuple) else loaded, target)  # a tuple with output_loading_info
+    resize(model := loaded[0] if isinstance(loaded, tuple) else loaded, target)  # a tuple with output_loading_info
+    if "_adapter_model_path" in adapter:  # its head fits the new labels only
+        model.load_adapter(adapter.pop("_adapter_model_path"), adapter_kwargs=adapter)
     return loaded
 
 
@@ -403,12 +406,9 @@ def resample_positions(pos_embed: torch.Tensor, config: ViTSimpleConfig, grid: t
         return pos_embed
     prefix, patches = pos_embed.split([config.num_prefix_positions, rows * columns], dim=1)
     patches = patches.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).float()  # (1, N, D) -> (1, D, H/P, W/P)
-    options = {"mode": "bicubic", "antialias": config.interpolate_antialias}
-    if offset := config.interpolate_offset:
-        options["scale_factor"] = ((grid[0] + offset) / rows, (grid[1] + offset) / columns)
-    else:
-        options["size"] = grid
-    patches = F.interpolate(patches, **options)
+    offset = config.interpolate_offset
+    size = {"scale_factor": ((grid[0] + offset) / rows, (grid[1] + offset) / columns)} if offset else {"size": grid}
+    patches = F.interpolate(patches, mode="bicubic", antialias=config.interpolate_antialias, **size)
     return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
 

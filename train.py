@@ -75,6 +75,7 @@ def evaluate(
 
 
 def export(
+    config: TrainConfig,
     accelerator: Accelerator,
     model: torch.nn.Module,
     raw_model: ViTSimpleForImageClassification,
@@ -84,7 +85,7 @@ def export(
     """Saves the model's present weights, its config and its code. Called by every process."""
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        save_result(raw_model, denormalize_head(weights, labels), folder)
+        save_result(raw_model, denormalize_head(weights, labels), folder, config.adapter_base)
 
 
 def write_card(config: TrainConfig, folder: Path):
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None):
                     checkpoints.save(done)
                     if config.push_to_hub and config.hub_strategy == "every_save" and not stopping:
                         with ema.weights(ema.variants[-1]):
-                            export(accelerator, model, raw_model, data.labels, folder)
+                            export(config, accelerator, model, raw_model, data.labels, folder)
                         if is_main:
                             progress.write(terminal_text(background_push.start(done)))
                 if stopping:
@@ -238,7 +239,7 @@ def main(arguments: list[str] | None = None):
     with command_errors("train.py", advice), ema.weights(best):
         if is_main:
             checkpoints.replace_earlier()
-        export(accelerator, model, raw_model, data.labels, folder)
+        export(config, accelerator, model, raw_model, data.labels, folder)
         if is_main:
             write_card(config, folder)  # so that the card is not an earlier result's
         if last_split is not None:

@@ -18,7 +18,18 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair, refuse_kernels
-from ..files import CODE, PREPROCESSOR, ROOT, SAFETENSORS, RunError, UserError, check_types, inherited, read_json
+from ..files import (
+    CODE,
+    PREPROCESSOR,
+    ROOT,
+    SAFETENSORS,
+    RunError,
+    UserError,
+    check_types,
+    inherited,
+    read_json,
+    refuse_adapter,
+)
 from .processors import (
     FAMILIES,
     FAMILY_OF_TYPE,
@@ -84,6 +95,7 @@ def find_weights(source: str) -> tuple[Path | None, list[Path]]:
         path = download(source)
     if not path.is_dir():
         raise UserError(f"SOURCE: expected a file or a folder, got {path}")  # a FIFO or a device
+    refuse_adapter(path)
     for pattern in WEIGHTS:
         files = sorted(path.glob(pattern))
         if len(files) > 1 and "?" not in pattern:

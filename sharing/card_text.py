@@ -11,10 +11,11 @@ import safetensors
 
 from ..data.decoding import DEEP, same_pixels_code
 from ..files import MODEL_FIELDS, PREPROCESSOR, RECORD, RECORD_FIELDS, has_head, read_json, read_metrics
+from ..training.lora import ADAPTER_CONFIG, adapter_base, loading_code
 from .card_plots import plots
 from .exports import section as exports_section
 from .markdown import fenced, markdown
-from .outgoing import RECIPE, cut_record, recipe_text
+from .outgoing import RECIPE, cut_paths, cut_record, recipe_text
 
 PLACEHOLDER = "your-name"  # the user in snippets, until the checkpoint is pushed
 METRICS = {  # name in metrics.jsonl: the Hub's name of the metric, and the title in the card
@@ -138,7 +139,7 @@ def summary(facts: Facts) -> str:
         return " x ".join(map(str, value if isinstance(value, list) else [value, value]))
 
     parameters = 0
-    for path in facts.folder.glob("model*.safetensors"):
+    for path in facts.folder.glob("*model*.safetensors"):  # or of an adapter
         with safetensors.safe_open(path, "pt") as file:
             parameters += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     dataset, base, config = markdown(facts.dataset.get("name", "")), markdown(facts.base_model), facts.config
@@ -149,15 +150,19 @@ def summary(facts: Facts) -> str:
         origin = f" fine-tuned from {base} on {dataset}" if base else f" trained on {dataset}"
     elif base:
         origin = f" with the weights of {base}"
+    whose = "The adapter" if (facts.folder / ADAPTER_CONFIG).exists() else "It"
     return (
         f"A plain Vision Transformer{origin}. It has {config['num_hidden_layers']} blocks of width "
-        f"{config['hidden_size']} and {parameters / 1e6:.2f} million parameters, and takes images of "
-        f"{sides(config['image_size'])} pixels in patches of {sides(config['patch_size'])}."
+        f"{config['hidden_size']} and takes images of {sides(config['image_size'])} pixels in patches of "
+        f"{sides(config['patch_size'])}. {whose} has {parameters / 1e6:.2f} million parameters."
     )
 
 
 def usage(facts: Facts, repo_id: str, tag: str | None) -> str:
     """A snippet that loads and calls the checkpoint, and how to pin a revision."""
+    if (facts.folder / ADAPTER_CONFIG).exists():
+        code = loading_code(str(facts.folder.name), cut_paths(adapter_base(facts.folder)))
+        return f"It is an adapter, which PEFT adds to the weights of another checkpoint:\n\n{fenced(code, 'python')}"
     options = json.dumps(repo_id, ensure_ascii=False) + (f", revision={json.dumps(tag)}" if tag else "")
     is_of_arrays = facts.processor.get("do_resize") is False
     if is_of_arrays or facts.task == "image-feature-extraction":  # no pipeline takes these

@@ -42,6 +42,11 @@ def record_run(config: TrainConfig, data: ImageData, base: Checkpoint | None, fo
     facts = dict(base.inherited) if base else {}
     facts["base_model_relation"] = "finetune" if "base_model" in facts else None
     facts["remarks"] = base.report if base and not base.origin.startswith("vit_simple ") else None
+    if config.lora_rank is not None:
+        saved = "merged into its weights" if config.adapter_base is None else "saved as an adapter"
+        facts["method"] = f"LoRA of rank {config.lora_rank} on the attention weights, {saved}; the head as a whole"
+        if config.adapter_base is not None and "base_model" in facts:
+            facts["base_model_relation"] = "adapter"
     name, revision = config.dataset_name, config.dataset_revision
     on_hub = not Path(name).exists() and not (ROOT / name).exists()
     if on_hub:

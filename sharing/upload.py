@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCard, get_token
 
-from ..files import NETWORK_ERRORS, ONNX_FILES, RunError, UserError, terminal_text, write_atomically
+from ..files import NETWORK_ERRORS, ONNX_FILES, RunError, UserError, refuse_adapter, terminal_text, write_atomically
 from ..training.folder import FINISHED
 from ..training.lock import LOCK
 from .card import build_card, user_text
@@ -55,6 +55,7 @@ def push(
     folder, target = Path(folder), Target(repo_id, private, revision, create_pr, tag)
     message = commit_message or f"{folder.resolve().name}, pushed by vit_simple"
     require_finished(folder)
+    refuse_adapter(folder)
     with snapshot(folder, shared_names(folder)) as copy:
         files, card = check_push(copy, repo_id, tag, license, message)
         if dry_run:

@@ -90,7 +90,10 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
             finite, or the classes have no names.
     """
     if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
-        raise UserError(f"FOLDER: {folder} has no {', '.join(missing)}; a checkpoint needs {', '.join(REQUIRED)}")
+        message = f"FOLDER: {folder} has no {', '.join(missing)}; a checkpoint needs {', '.join(REQUIRED)}"
+        if PREPROCESSOR in missing:
+            message += "; write it with processor.save_pretrained(folder), or give Trainer processing_class=processor"
+        raise UserError(message)
     content = read_config(folder)
     if content.get("model_type") != ViTSimpleConfig.model_type or content.get("auto_map") not in AUTO_MAPS:
         raise UserError(f"config.json: expected model_type vit_simple and the auto_map {AUTO_MAP}")

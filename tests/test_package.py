@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 
 from tests.conftest import environment_without_package, run_python
 from vit_simple.files import ROOT
@@ -17,6 +18,7 @@ def test_plain_install_trains_on_its_digits_and_has_the_commands(tmp_path):
     shutil.rmtree(source)
     code = """
 import sys
+import tomllib
 from vit_simple.files import ROOT
 from vit_simple.train import main
 assert str(ROOT).startswith(sys.argv[1]), ROOT
@@ -25,11 +27,7 @@ main(["--num_train_epochs", "1"])
 """
     run_python(python, tmp_path / "work", code, tmp_path / "environment")
     assert (tmp_path / "work/outputs/digits/model.safetensors").exists()
-    for name in (
-        "vit-simple-train",
-        "vit-simple-push",
-        "vit-simple-convert",
-        "vit-simple-export",
-        "vit-simple-predict",
-    ):
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        commands = tomllib.load(file)["project"]["scripts"]
+    for name in commands:
         subprocess.run([python.parent / name, "--help"], cwd=tmp_path, check=True, capture_output=True)

@@ -24,6 +24,7 @@ from ..files import RunError, errors_that_name, is_machine_failure, terminal_tex
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .folder import FINISHED
 from .integrity import complete_checkpoints, damaged, delete, step_of, write_sums
+from .lora import merge_lora, save_adapter
 from .meter import Meter
 from .optim import EMA
 
@@ -209,8 +210,11 @@ class Checkpoints:
 # The result
 
 
-def save_result(model: ViTSimpleForImageClassification, weights: dict, folder: Path):
+def save_result(model: ViTSimpleForImageClassification, weights: dict, folder: Path, adapter_base: str | None = None):
     """Saves weights, config and code. They are written aside first, so that no full disk destroys an earlier result.
+
+    Args:
+        adapter_base: a checkpoint, to save the adapter that LoRA adds to it; by default, LoRA is merged.
 
     Raises:
         RunError: they cannot be written.
@@ -218,8 +222,11 @@ def save_result(model: ViTSimpleForImageClassification, weights: dict, folder: P
     unfinished = folder / ".result"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        # transformers 4 would split weights of more than 5 GB into shards, transformers 5 of more than 50 GB.
-        model.save_pretrained(unfinished, state_dict=dict(weights), max_shard_size="50GB")
+        if adapter_base is not None:
+            save_adapter(model, weights, adapter_base, unfinished)
+        else:
+            # transformers 4 would split weights of more than 5 GB into shards, transformers 5 of more than 50 GB.
+            model.save_pretrained(unfinished, state_dict=merge_lora(weights), max_shard_size="50GB")
         flush(unfinished)
         for path in sorted(unfinished.iterdir()):
             path.replace(folder / path.name)

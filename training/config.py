@@ -138,6 +138,18 @@ class TrainConfig:
         "model", None, "[0, 1)", "stochastic depth rate of the last block (default: 0, or the checkpoint's)"
     )
     freeze_backbone: bool = option("model", False, None, "train only the head")
+    lora_rank: int | None = option(
+        "model",
+        None,
+        COUNT,
+        "train low-rank additions to the attention weights, of this rank, and the head (LoRA, through peft)",
+    )
+    lora_save: str = option(
+        "model",
+        "merged",
+        ("merged", "adapter"),
+        "merged: save a plain checkpoint; adapter: save what LoRA trained, to be added to the checkpoint with peft",
+    )
     gradient_checkpointing: bool = option("model", False, None, "recompute activations to save memory")
 
     num_train_epochs: int = option("optimization", 100, COUNT, "number of epochs")
@@ -271,12 +283,36 @@ class TrainConfig:
                 )
         elif self.conversion is not None:
             raise UserError("--conversion needs --model_name_or_path, the checkpoint to convert")
+        self.check_lora_options()
         if self.push_to_hub != (self.hub_model_id is not None):
             raise UserError("--push_to_hub and --hub_model_id must be given together")
         if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
             raise UserError(f"--hub_model_id: expected USER/NAME, got {self.hub_model_id}")
         if self.eval_only and self.model_name_or_path is None:
             raise UserError("--eval_only needs --model_name_or_path, the checkpoint to evaluate")
+
+    def check_lora_options(self):
+        """Raises UserError if the options of LoRA conflict with others."""
+        if self.lora_rank is None:
+            if self.lora_save != "merged":
+                raise UserError("--lora_save needs --lora_rank")
+            return
+        if self.model_name_or_path is None:
+            raise UserError("--lora_rank needs --model_name_or_path: LoRA adapts pretrained weights")
+        if self.freeze_backbone:
+            raise UserError("--lora_rank cannot be combined with --freeze_backbone: LoRA freezes it and adds to it")
+        if self.optim == "muon":
+            raise UserError("--lora_rank cannot be combined with --optim muon, which is made for whole weight matrices")
+        if self.lora_save == "adapter" and self.push_to_hub:
+            raise UserError(
+                "--push_to_hub cannot be combined with --lora_save adapter: a push verifies a whole checkpoint; "
+                "use --lora_save merged"
+            )
+
+    @property
+    def adapter_base(self) -> str | None:
+        """The checkpoint to which the saved adapter will be added, None if the result is a whole checkpoint."""
+        return self.model_name_or_path if self.lora_save == "adapter" else None
 
     def group(self, title: str) -> dict:
         """The options of a group by name."""

@@ -3,7 +3,9 @@
 Sources: layer decay, warmup and a cosine schedule from BEiT (Bao et al., 2021, arXiv:2106.08254) and MAE (He et al.,
 2021, arXiv:2111.06377, appendix A.1); a length that depends on the number of images from BiT (Kolesnikov et al., 2019,
 arXiv:1912.11370, section 3.3); a learning rate that grows with the square root of the batch, as suits Adam (Malladi et
-al., 2022, arXiv:2205.10287). recipes/fine_tune.yaml says what was measured.
+al., 2022, arXiv:2205.10287). For LoRA, one learning rate for all layers, as in its paper (Hu et al., 2021,
+arXiv:2106.09685, appendix D), about ten times that of full fine-tuning (Biderman et al., 2024, arXiv:2405.09673).
+recipes/fine_tune.yaml says what was measured for full fine-tuning.
 """
 
 import math
@@ -21,6 +23,7 @@ def fine_tuning_options(
     batches_per_step: int = 1,
     batch_size: int | None = None,
     head_only: bool = False,
+    lora: bool = False,
 ) -> dict[str, int | float]:
     """The options that suit a number of training images and a model.
 
@@ -29,18 +32,19 @@ def fine_tuning_options(
         batches_per_step: processes times gradient accumulation steps.
         batch_size: of one process, if the user gives it.
         head_only: the backbone is frozen; crops are off, so that its features can be kept.
+        lora: low-rank additions are trained, at ten times the learning rate of full fine-tuning.
     """
     if batch_size is None:
         per_step = min(2 ** round(math.log2(math.sqrt(images))), images // 4, 128)
         batch_size = max(1, per_step // batches_per_step)
     learning_rate = 1.5e-4 * math.sqrt(batch_size * batches_per_step / 16) * math.sqrt(384 / width)
-    if head_only:
+    if head_only or lora:
         learning_rate *= 10
     return {
         "num_train_epochs": 100 if head_only else min(max(round(300 / math.sqrt(images)), 5), 50),
         "per_device_train_batch_size": batch_size,
         "learning_rate": float(f"{learning_rate:.2g}"),
-        "layer_decay": 1.0 if head_only else 0.65,
+        "layer_decay": 1.0 if head_only or lora else 0.65,
         "random_resized_crop": 0.0 if head_only else 0.6,
         "horizontal_flip": 0.0,  # a mirrored digit, letter or hand sign has another meaning, or none
     }
@@ -62,6 +66,7 @@ def with_fine_tuning_defaults(config: TrainConfig, data: ImageData, width: int, 
         num_processes * config.gradient_accumulation_steps,
         config.per_device_train_batch_size,
         config.freeze_backbone,
+        config.lora_rank is not None,
     )
     if data.array_shape is not None or config.resize == "fit":
         chosen["random_resized_crop"] = 0.0

@@ -62,6 +62,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         for name, used in (
             ("optim muon", config.optim == "muon"),
             ("ema_decay", config.ema_decay is not None),
+            ("lora_rank", config.lora_rank is not None),
             ("eval_only", config.eval_only),
         ):
             if used:

@@ -27,6 +27,7 @@ FREE = {
     "save_steps",
     "save_total_limit",
     "dataloader_num_workers",
+    "lora_save",
     "probe",
     "on_bad_image",
     "report_to",

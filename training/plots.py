@@ -23,6 +23,7 @@ from ..inference.explanation import explain_pixels
 from ..inference.figures import draw_panels, draw_positions
 from ..inference.fonts import plain_text, readable_names
 from ..modeling_vit_simple import ViTSimpleForImageClassification
+from .lora import ADAPTER_CONFIG, load_merged
 from .metrics import Evaluation, captions
 from .mistakes import Samples, mistake_captions
 from .report import optional
@@ -94,6 +95,8 @@ def load_result(folder: Path) -> ViTSimpleForImageClassification:
     shows_progress = is_progress_bar_enabled()
     disable_progress_bar()
     try:
+        if (folder / ADAPTER_CONFIG).exists():
+            return load_merged(folder)
         return ViTSimpleForImageClassification.from_pretrained(folder, dtype=torch.float32)
     finally:
         if shows_progress:

@@ -13,6 +13,7 @@ from ..data.streaming import StreamingSplit
 from ..files import RECORD, read_json, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .checkpoint import Splits, count_changed_images, gather_bad_images
+from .lora import ADAPTER_CONFIG
 from .metrics import Evaluation, class_table, table
 
 
@@ -41,7 +42,9 @@ def print_setup(
     for line in [] if base is None else base.report:
         accelerator.print(terminal_text(line))
     devices = f"{accelerator.num_processes} x {accelerator.device}"
-    accelerator.print(f"ViTSimple: {model.num_parameters():,} parameters, {devices}")
+    count, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    part = f", {trained:,} of them trained" if trained < count else ""
+    accelerator.print(f"ViTSimple: {count:,} parameters{part}, {devices}")
 
 
 def print_results(accelerator: Accelerator, title: str, results: dict[str, Evaluation], class_names: list[str]):
@@ -67,6 +70,9 @@ def print_image_notes(accelerator: Accelerator, splits: Splits):
 
 
 def print_saved(accelerator: Accelerator, folder: Path):
+    if (folder / ADAPTER_CONFIG).exists():
+        accelerator.print(terminal_text(f"the adapter is saved in {folder}, and README.md has the code that loads it"))
+        return
     accelerator.print(terminal_text(f"saved in {folder}; load it anywhere on this machine with"))
     code = f'transformers.pipeline("image-classification", "{folder.resolve()}", trust_remote_code=True)'
     accelerator.print(f"  {terminal_text(code)}")

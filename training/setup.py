@@ -23,6 +23,7 @@ from .config import TrainConfig, unknown
 from .defaults import with_fine_tuning_defaults
 from .devices import build_loader_context, on_main_process, require_memory
 from .initialization import initialize_mimetic
+from .lora import add_lora, check_lora
 from .step import compile_blocks
 
 FEW_IMAGES = 1000  # with fewer, a model from scratch may learn next to nothing
@@ -35,10 +36,11 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> tuple[TrainCon
     Prints what should be known of the dataset.
 
     Raises:
-        UserError: see `open_base` and `load_data`; the options do not suit the size of the dataset.
+        UserError: see `open_base`, `check_lora` and `load_data`; the options do not suit the size of the dataset.
     """
     with accelerator.local_main_process_first():  # which downloads it
         base = open_base(config)
+    check_lora(config, base)
     data = load_data(config, accelerator)
     if not config.eval_only:
         if base is not None:
@@ -179,8 +181,10 @@ def build_model(
     if config.freeze_backbone:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
+    if config.lora_rank is not None and not config.eval_only:
+        add_lora(model, config.lora_rank)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # which works after frozen embeddings, too
     if config.torch_compile:
         compile_blocks(model)
     return model

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForImageClassification
 
 from tests.conftest import EVERY_SWITCH, TINY, tiny
@@ -185,6 +186,17 @@ def test_pooled_features_survive_another_size(fields):
             ViTSimpleModel.forward(large, resized).pooler_output,
         ]
     assert F.cosine_similarity(*features).min() > 0.95
+
+
+def test_peft_adapter_for_other_labels_loads_with_the_auto_class(saved, tmp_path, pixels):
+    _, folder = saved()
+    base = AutoModelForImageClassification.from_pretrained(folder, num_labels=3)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["qkv"], modules_to_save=["head"])).eval()
+    for parameter in filter(lambda parameter: parameter.requires_grad, adapted.parameters()):
+        torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "adapter", num_labels=3).eval()
+    torch.testing.assert_close(loaded(pixels).logits, adapted(pixels).logits)
 
 
 def test_offloaded_weights_are_not_resized(saved, tmp_path):

@@ -31,7 +31,10 @@ def set_weight(folder: Path, name: str, value: float):
     "change, reason",
     [
         (lambda folder: (folder / "modeling_vit_simple.py").unlink(), "has no modeling_vit_simple.py"),
-        (lambda folder: (folder / "preprocessor_config.json").unlink(), "has no preprocessor_config.json"),
+        (
+            lambda folder: (folder / "preprocessor_config.json").unlink(),
+            "processor.save_pretrained",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda folder: os.truncate(folder / "model.safetensors", 5000), "expected a complete safetensors file"),
         (lambda folder: edit(folder / "config.json", "AutoModelForIm", "AutoIm"), "auto_map"),

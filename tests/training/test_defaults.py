@@ -28,6 +28,11 @@ def test_fine_tuning_rate_grows_with_the_batch_and_falls_with_the_width():
     assert fine_tuning_options(200, 384, batches_per_step=4)["per_device_train_batch_size"] == 4
 
 
+def test_lora_has_ten_times_the_rate_in_all_layers():
+    whole, lora = fine_tuning_options(200, 384), fine_tuning_options(200, 384, lora=True)
+    assert lora == whole | {"learning_rate": pytest.approx(10 * whole["learning_rate"]), "layer_decay": 1.0}
+
+
 def test_defaults_are_left_open_for_pretrained_weights_without_a_recipe_alone(tmp_path):
     (tmp_path / "recipe.yaml").write_text("num_train_epochs: 3\n")
     start = ["--model_name_or_path", "checkpoint", "--dataset_name", "images"]
