@@ -12,8 +12,9 @@ from ..data.labels import REGRESSION
 from ..data.streaming import StreamingSplit
 from ..files import RECORD, read_json, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
+from .calibration import MIN_IMAGES, Fitted
 from .checkpoint import Splits, count_changed_images, gather_bad_images
-from .metrics import Evaluation, class_table, table
+from .metrics import Evaluation, class_table, confidence_table, table
 
 
 @contextlib.contextmanager
@@ -50,6 +51,26 @@ def print_results(accelerator: Accelerator, title: str, results: dict[str, Evalu
     for name, result in results.items():
         if result.per_class:
             accelerator.print(class_table(name, result, class_names))
+
+
+def print_confidence(accelerator: Accelerator, results: dict[str, Evaluation]):
+    """How far the probabilities can be trusted, and the temperature; nothing for a regression."""
+    results = {name: result for name, result in results.items() if result.reliability}
+    if results:
+        accelerator.print(confidence_table(results))
+        if "validation" in {name.split()[0] for name in results}:
+            accelerator.print(temperature_line(next(iter(results.values())).fitted))
+
+
+def temperature_line(fitted: Fitted) -> str:
+    if fitted.temperature is None:
+        return (
+            f"no temperature: it needs at least {MIN_IMAGES} validation images, of which some are predicted wrong, and "
+            "a model that is better than chance"
+        )
+    if fitted.calibrated:
+        return f"the exported head is divided by the temperature {fitted.temperature:.3f} of the validation split"
+    return f"temperature of the validation split: {fitted.temperature:.3f}; train.py --calibrate true applies it"
 
 
 def print_image_notes(accelerator: Accelerator, splits: Splits):
@@ -106,5 +127,7 @@ def print_end(
             accelerator.print("there is no test split with labels")
         if result is not None:
             print_results(accelerator, "end", {f"{split} {weights}": result}, splits[split].data.labels.class_names)
+            before = {f"validation {weights}": validation} if validation is not None else {}
+            print_confidence(accelerator, {**before, f"{split} {weights}": result})
     print_image_notes(accelerator, splits)
     print_saved(accelerator, folder)
