@@ -21,10 +21,12 @@ def section(result: dict, record: dict, problem_type: str | None) -> str:
     if (error := result.get("expected_calibration_error")) is None:
         return ""
     several = problem_type == "multi_label_classification"
-    subject = "a class's probability" if several else "the probability of the predicted class"
+    subject, event = "the probability of the predicted class", "it is right"
+    if several:
+        subject, event = "the probability of a class", "an image has it"
     parts = [
         f"On average over {result['count']:,} {markdown(result['split'])} images, {subject} is "
-        f"{100 * error:.1f} percentage points away from how often it is right "
+        f"{100 * error:.1f} percentage points away from how often {event} "
         "(expected calibration error, 15 bins)."
     ]
     if (temperature := record.get("temperature")) is None:

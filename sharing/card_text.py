@@ -28,8 +28,8 @@ METRICS = {  # name in metrics.jsonl: the Hub's name of the metric, if it has on
     "macro_f1_at_thresholds": ("f1", "macro F1 at the thresholds below"),
     "mae": ("mae", "mean absolute error"),
     "r2": ("r_squared", "R²"),
-    "expected_calibration_error": ("expected_calibration_error", "expected calibration error"),
-    "brier_score": ("brier_score", "Brier score"),
+    "expected_calibration_error": (None, "expected calibration error"),
+    "brier_score": (None, "Brier score"),
     "loss": (None, "loss"),
 }
 CITATION = """```bibtex

@@ -74,6 +74,7 @@ class ReliabilitySums:
             log_losses = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
             squares = (probabilities - one_hot).square().sum(dim=-1)
         else:
+            targets = targets.to(logits.dtype)
             confidence, counts, hits = logits.sigmoid(), ~targets.isnan(), targets > 0  # (B, K)
             log_losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
             squares = (confidence - targets).square()

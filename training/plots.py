@@ -35,6 +35,7 @@ TITLES = {
     "lr": "learning rate",
 }
 FEW_CLASSES = 30  # a confusion matrix of more classes has no room for names and counts
+FEW_PREDICTIONS, PALE = 10, "#c6dbef"  # a bar of fewer predictions says little
 SAMPLES = 32  # images in predictions.png
 EXPLAINED = 4  # images in attention.png
 OF_DATA = ("predictions.png", "mistakes.png", "attention.png")  # plots that show images of the dataset
@@ -174,12 +175,14 @@ def plot_reliability(result: Evaluation, split: str, problem_type: str) -> Figur
         counts, _, hits = bins.numpy()
         edges = np.linspace(0, 1, len(counts) + 1)
         bars = {"width": np.diff(edges), "align": "edge", "edgecolor": "white"}
-        axis.bar(edges[:-1], hits / np.maximum(counts, 1), color="C0", **bars)
+        colors = ["C0" if count >= FEW_PREDICTIONS else PALE for count in counts]
+        axis.bar(edges[:-1], hits / np.maximum(counts, 1), color=colors, **bars)
         axis.plot((0, 1), (0, 1), ls="--", lw=1.2, color="black")
         values = result.values.get("calibration", {"before": result.values})[name]
         axis.set(title=f"{titles[name]}\nECE {values['expected_calibration_error']:.4f}", xlim=(0, 1), ylim=(0, 1))
         counts_axis.bar(edges[:-1], counts, color="0.5", **bars)
         counts_axis.set_yscale("symlog", linthresh=1)
+        counts_axis.yaxis.set_major_formatter("{x:,.0f}")  # no formula, see `plain_text`
         for each in (axis, counts_axis):
             each.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("fraction that comes true")
