@@ -8,7 +8,7 @@ PLOTS = {  # the title of each, and a sentence on how to read it
     "reliability.png": (
         "Reliability diagram",
         "A bar on the dashed line means that a probability of 0.8 comes true in 80% of cases; a bar below it means "
-        "that the model is too sure. Pale bars have fewer than ten predictions, which the lower panel counts.",
+        "that the probabilities are too high. Pale bars have fewer than ten predictions, which the lower panel counts.",
     ),
     "predictions.png": ("Predictions; errors are red", ""),
     "mistakes.png": (

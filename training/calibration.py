@@ -119,7 +119,7 @@ class Reliability:
         Bins are (3, BINS): in each, the number of predictions, the sum of their probabilities, and how many came true.
         """
         found = {name: sums.compute(accelerator) for name, sums in self.sums.items()}
-        values = dict(found[self.exported][0])
+        values: dict = dict(found[self.exported][0])
         if "after" in found:
             values["calibration"] = {name: numbers for name, (numbers, _) in found.items()}
         return values, {name: bins for name, (_, bins) in found.items()}

@@ -21,6 +21,7 @@ def evaluate(
     batch_size: int,
     use_bf16: bool,
     calibrate: bool,
+    *,
     fits: bool = False,
     fitted: Fitted | None = None,
 ) -> Evaluation:
@@ -51,9 +52,10 @@ def evaluate(
 
 def evaluate_splits(model: torch.nn.Module, splits: Splits, *options) -> dict[str, Evaluation]:
     """The results of the validation and the test split, as far as they exist; see `evaluate` for the options."""
-    results, fitted = {}, None
-    for name in ("validation", "test"):
-        if name in splits:
-            results[name] = evaluate(model, splits[name], *options, fits=name == "validation", fitted=fitted)
-            fitted = results[name].fitted
+    results: dict[str, Evaluation] = {}
+    if "validation" in splits:
+        results["validation"] = evaluate(model, splits["validation"], *options, fits=True)
+    if "test" in splits:
+        fitted = results["validation"].fitted if results else None
+        results["test"] = evaluate(model, splits["test"], *options, fitted=fitted)
     return results

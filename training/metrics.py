@@ -4,6 +4,7 @@
 and skipped images have the label IGNORED or NaN and do not count.
 """
 
+import typing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,8 @@ COLUMNS = {
     "top1": ("top-1", "9.2%"),
     "top5": ("top-5", "9.2%"),
     "map": ("mAP", "9.2%"),
+    "micro_f1": ("F1 micro", "9.2%"),
+    "macro_f1": ("F1 macro", "9.2%"),
     "mae": ("error", "9.4g"),
     "r2": ("R2", "9.4f"),
 }
@@ -49,7 +52,7 @@ class Evaluation:
         fitted: what was fitted to this split or, on the test split, to the validation split.
     """
 
-    values: dict[str, float]
+    values: dict[str, typing.Any]
     per_class: list[float | None] = field(default_factory=list)
     confusion: torch.Tensor | None = None
     mistakes: Samples | None = None
@@ -164,7 +167,7 @@ class RegressionMetrics:
         return Evaluation(values, mistakes=self.mistakes.compute(accelerator))
 
 
-METRICS_OF = {SINGLE: SingleLabelMetrics, MULTI: MultiLabelMetrics, REGRESSION: RegressionMetrics}
+METRICS_OF: dict[str, type] = {SINGLE: SingleLabelMetrics, MULTI: MultiLabelMetrics, REGRESSION: RegressionMetrics}
 
 
 def require_images(count: float):

@@ -168,7 +168,7 @@ def plot_reliability(result: Evaluation, split: str, problem_type: str) -> Figur
     """How often predictions come true, by their probability; beside it, the same after the temperature, if any."""
     titles = {"before": f"{split}, as trained", "after": f"{split}, divided by the temperature"}
     figure = Figure(figsize=(1 + 3.6 * len(result.reliability), 4.4), layout="constrained", dpi=150)
-    options = {"sharex": True, "sharey": "row", "height_ratios": (3, 1), "squeeze": False}
+    options: dict = {"sharex": True, "sharey": "row", "height_ratios": (3, 1), "squeeze": False}
     for (name, bins), (axis, counts_axis) in zip(
         result.reliability.items(), figure.subplots(2, len(result.reliability), **options).T
     ):
