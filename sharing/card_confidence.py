@@ -47,12 +47,12 @@ def section(result: dict, record: dict, problem_type: str | None) -> str:
 def temperature_text(temperature: float, calibrated: bool, several: bool) -> str:
     if calibrated:
         return (
-            f"The head was divided by {temperature:.4g}, the temperature with the lowest negative log likelihood on "
-            "the validation images. The logits of this checkpoint are calibrated as they are."
+            f"The head was divided by {temperature:.4g}, the temperature that fits the validation images best. The "
+            "logits of this checkpoint are calibrated as they are."
         )
     return (
-        f"The temperature with the lowest negative log likelihood on the validation images is {temperature:.4g}. The "
-        f"weights do not contain it: divide the logits by it before the {'sigmoid' if several else 'softmax'}."
+        f"The temperature that fits the validation images best is {temperature:.4g}. The weights do not contain it: "
+        f"divide the logits by it before the {'sigmoid' if several else 'softmax'}."
     )
 
 

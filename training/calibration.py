@@ -27,7 +27,7 @@ class Fitted:
 
     Args:
         temperature: the divisor of the logits with the lowest negative log likelihood (Guo et al., 2017,
-            arXiv:1706.04599, section 4.2).
+            arXiv:1706.04599, section 4.2), for the targets of `KeptLogits.slope`.
         calibrated: whether the head of the exported weights is divided by it.
         thresholds: several classes per image: class name -> the lowest probability at which it is predicted.
         keep_score: one class per image: 95% of the images have a highest probability of at least this.
@@ -145,16 +145,24 @@ class KeptLogits:
             self.batches = [tuple(part[::2].clone() for part in batch) for batch in self.batches]
             self.stride *= 2
 
-    def slope(self, temperature: float) -> float:
-        """The derivative of the negative log likelihood by 1 / temperature: (probability - target) * logit, summed."""
-        total = 0.0
+    def slope(self, temperature: float, count: int) -> float:
+        """The derivative of the negative log likelihood by 1 / temperature: (probability - target) * logit, summed.
+
+        Targets are not 1 and 0, but allow for one wrong label among count + 2 images, as those of Platt (1999,
+        "Probabilistic Outputs for Support Vector Machines", section 2.2). If the model gets all images right, the best
+        temperature would otherwise be 0.
+        """
+        total, smoothing = 0.0, 1 / (count + 2)
         for logits, targets in self.batches:
+            logits = logits.double()
             if targets.ndim == 1:
-                total += ((logits / temperature).softmax(dim=-1) * logits).sum(dtype=torch.float64).item()
-                total -= logits.gather(1, targets[:, None]).sum(dtype=torch.float64).item()
+                classes = logits.shape[1]
+                probabilities, targets = (logits / temperature).softmax(dim=-1), F.one_hot(targets, classes)
+                others = smoothing / max(classes - 1, 1)
             else:
-                errors = (logits / temperature).sigmoid() - targets
-                total += (errors * logits).sum(dtype=torch.float64).item()
+                probabilities, others = (logits / temperature).sigmoid(), smoothing
+            targets = torch.where(targets > 0, 1 - smoothing, others)
+            total += ((probabilities - targets) * logits).sum().item()
         return total
 
     def fit(self, class_names: list[str], count: int, calibrate: bool) -> Fitted:
@@ -166,7 +174,7 @@ class KeptLogits:
         """
         if count < MIN_IMAGES:
             return Fitted()
-        temperature = fit_temperature(lambda value: sum(gather_object([self.slope(value)])))
+        temperature = fit_temperature(lambda value: sum(gather_object([self.slope(value, count)])))
         fitted = Fitted(temperature, calibrate and temperature is not None)
         logits = [logits / fitted.divisor for logits, _ in self.batches]
         if self.batches[0][1].ndim == 1:
@@ -181,12 +189,9 @@ class KeptLogits:
 
 
 def fit_temperature(slope: Callable[[float], float]) -> float | None:
-    """The temperature at which the slope changes its sign, by bisection; None if there is none in TEMPERATURES.
+    """The temperature at which the slope, which falls as it rises, is 0, by bisection; None outside of TEMPERATURES.
 
-    There is none if every image is predicted right, since lower temperatures are then always better.
-
-    Args:
-        slope: see `KeptLogits.slope`; it falls as the temperature rises.
+    That is the case if the model is no better than chance.
     """
     low, high = TEMPERATURES
     if not slope(low) > 0 > slope(high):

@@ -77,10 +77,7 @@ def print_confidence(accelerator: Accelerator, results: dict[str, Evaluation]):
 def fitted_lines(fitted: Fitted) -> Iterator[str]:
     """What was fitted on the validation split."""
     if fitted.temperature is None:
-        yield (
-            f"no temperature: it needs at least {MIN_IMAGES} validation images, some of them predicted wrong, and a "
-            "model that is better than chance"
-        )
+        yield f"no temperature: it needs at least {MIN_IMAGES} validation images and a model better than chance"
     elif fitted.calibrated:
         yield f"the exported head is divided by the temperature {fitted.temperature:.3f} of the validation split"
     else:

@@ -93,28 +93,36 @@ def test_reliability_of_several_classes_is_that_of_references():
     assert values["macro_f1"] == pytest.approx(f1_score(targets, logits > 0, average="macro", zero_division=0))
 
 
-@pytest.mark.parametrize("make, loss", [(overconfident, "softmax"), (several, "sigmoid")])
-def test_temperature_has_the_lowest_negative_log_likelihood(make, loss):
+@pytest.mark.parametrize("make", [overconfident, several])
+def test_temperature_has_the_lowest_negative_log_likelihood(make):
     logits, targets = make()
-    temperature = fit(logits, targets).temperature
-    assert 2.5 < temperature < 3.5 or make is several
+    temperature, smoothing = fit(logits, targets).temperature, 1 / 2002
+    one_hot = np.eye(3)[targets] if make is overconfident else targets.numpy()
+    others = smoothing / 2 if make is overconfident else smoothing
+    soft = np.where(one_hot > 0, 1 - smoothing, others)
 
     def likelihood(divisor: float) -> float:
-        scaled = logits.double() / divisor
-        if loss == "softmax":
-            return log_loss(targets, scaled.softmax(-1))
-        return log_loss(targets.flatten(), scaled.sigmoid().flatten())
+        scaled = logits.double().numpy() / divisor
+        if make is overconfident:
+            return -(soft * scaled).sum() + np.log(np.exp(scaled).sum(-1)).sum()
+        return (np.log1p(np.exp(scaled)) - soft * scaled).sum()
 
     best = likelihood(temperature)
-    assert all(best < likelihood(temperature * factor) for factor in (0.1, 0.99, 1.01, 10))
+    assert all(best < likelihood(temperature * factor) for factor in (0.2, 0.999, 1.001, 5))
+    assert make is several or 2.8 < temperature < 3.2  # the logits were multiplied by 3
 
 
-def test_temperature_is_not_fitted_where_it_has_no_lowest_loss():
+def test_temperature_of_a_model_without_mistakes_stays_moderate():
+    logits, _ = overconfident(200, factor=1.0)
+    fitted = fit(logits, logits.argmax(-1), calibrate=True)
+    assert fitted.calibrated and 0.12 < fitted.temperature < 0.7
+
+
+def test_temperature_is_not_fitted_to_few_images_or_to_chance():
     logits, classes = overconfident(200)
     assert fit(logits[:99], classes[:99]) == Fitted()
-    right = fit(logits, logits.argmax(-1), calibrate=True)
-    assert right.temperature is None and not right.calibrated and right.keep_score is not None
-    assert fit(logits, logits.argmin(-1)).temperature is None
+    chance = fit(logits, logits.argmin(-1), calibrate=True)
+    assert chance.temperature is None and not chance.calibrated and chance.keep_score is not None
 
 
 def test_kept_logits_are_thinned_out_above_a_limit(monkeypatch):
