@@ -36,8 +36,8 @@ def section(result: dict, record: dict, problem_type: str | None) -> str:
         parts += filter(None, [before_and_after(result.get("calibration") or {})])
     if (score := record.get("keep_score")) is not None:
         parts.append(
-            f"95% of the validation images have a highest probability of at least {score:.3g}. A lower one suggests "
-            "that the image shows none of the classes."
+            f"95% of the validation images have a highest probability of at least {score:.3g}. An image with a lower "
+            "one may show none of the classes."
         )
     if thresholds := record.get("thresholds"):
         parts.append(thresholds_text(thresholds))
