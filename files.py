@@ -177,6 +177,10 @@ RECORD_FIELDS = {
     "remarks": list[str] | None,
     "method": str | None,
     "probe": float | None,
+    "temperature": float | None,
+    "calibrated": bool | None,
+    "thresholds": dict[str, float] | None,
+    "keep_score": float | None,
     "base_model_relation": str | None,
     "exports": {
         **{name: str for name in ("dataset", "split", "hardware")},
@@ -203,6 +207,10 @@ METRIC_FIELDS = {
     **{name: int | None for name in ("correct", "count")},
     **{name: float | None for name in ("loss", "lr", "images_per_second", "data_wait")},
     **{name: float | None for name in ("top1", "top5", "map", "mae", "r2")},
+    **{name: float | None for name in ("micro_f1", "macro_f1", "micro_f1_at_thresholds", "macro_f1_at_thresholds")},
+    **{name: float | None for name in ("expected_calibration_error", "negative_log_likelihood", "brier_score")},
+    **{name: float | None for name in ("temperature", "keep_score")},
+    "calibration": dict[str, dict[str, float]] | None,
 }
 
 

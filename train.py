@@ -23,26 +23,27 @@ from tqdm import tqdm
 from vit_simple import ViTSimpleForImageClassification
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.data.augment import Augment
-from vit_simple.data.dataloader import MapStyleSplit
 from vit_simple.data.fingerprint import fingerprint
 from vit_simple.data.labels import Labels
-from vit_simple.data.streaming import StreamingSplit
 from vit_simple.files import command_errors, terminal_text, write_atomically
 from vit_simple.inference.features import are_fixed, quick_probe, train_on_features
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.record import record
 from vit_simple.sharing.run import BackgroundPush, check_hub, record_run, share
+from vit_simple.training.calibration import Fitted, divide_head
 from vit_simple.training.checkpoint import Checkpoints, count_changed_images, log_metrics, resume_metrics, save_result
 from vit_simple.training.config import TrainConfig, parse_config
 from vit_simple.training.devices import build_accelerator, mixed_precision_of, on_main_process
+from vit_simple.training.evaluation import evaluate, evaluate_splits
 from vit_simple.training.folder import check_output_dir, how_to_resume, mark_finished, open_folder, start_in
 from vit_simple.training.interrupt import catch_signals, should_stop
 from vit_simple.training.meter import Meter
-from vit_simple.training.metrics import METRICS_OF, Evaluation, table
+from vit_simple.training.metrics import Evaluation, table
 from vit_simple.training.optim import EMA, build_optimizers, schedule
 from vit_simple.training.plots import plot_run, predict_samples
 from vit_simple.training.report import (
     optional,
+    print_confidence,
     print_end,
     print_image_notes,
     print_probe,
@@ -53,27 +54,6 @@ from vit_simple.training.setup import build_model, build_splits, denormalize_hea
 from vit_simple.training.step import augmented_batches, can_capture, can_train_on_features, capture, criterion, probes
 
 
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    split: MapStyleSplit | StreamingSplit,
-    augment: Augment,
-    accelerator: Accelerator,
-    batch_size: int,
-    use_bf16: bool,
-) -> Evaluation:
-    """One pass over a split, in float32 or bfloat16. Called by every process."""
-    model.eval()
-    labels = split.data.labels
-    metrics = METRICS_OF[labels.problem_type](labels, accelerator.device)
-    for pixels, targets in split.evaluation(batch_size):
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=use_bf16):
-            logits = model(augment.normalize(pixels)).logits
-        metrics.update(logits.float(), targets, pixels)
-    model.train()
-    return metrics.compute(accelerator)
-
-
 def export(
     config: TrainConfig,
     accelerator: Accelerator,
@@ -81,11 +61,17 @@ def export(
     raw_model: ViTSimpleForImageClassification,
     labels: Labels,
     folder: Path,
+    fitted: Fitted | None = None,
 ):
-    """Saves the model's present weights, its config and its code. Called by every process."""
-    weights = accelerator.get_state_dict(model)
+    """Saves the model's present weights, its config and its code, with what was fitted on the validation split.
+
+    Called by every process.
+    """
+    weights, fitted = accelerator.get_state_dict(model), fitted or Fitted()
     if accelerator.is_main_process:
-        save_result(raw_model, denormalize_head(weights, labels), folder, config.adapter_base)
+        weights = divide_head(denormalize_head(weights, labels), fitted.divisor)
+        save_result(raw_model, weights, folder, config.adapter_base)
+        record(folder, **asdict(fitted))
 
 
 def write_card(config: TrainConfig, folder: Path):
@@ -113,11 +99,12 @@ def main(arguments: list[str] | None = None):
     use_bf16, on_gpu = mixed_precision_of(config) == "bf16", accelerator.device.type == "cuda"
     if config.torch_compile and on_gpu:
         augment.compile()
-    eval_options = augment, accelerator, config.per_device_eval_batch_size, use_bf16 and on_gpu
+    eval_options = augment, accelerator, config.per_device_eval_batch_size, use_bf16 and on_gpu, config.calibrate
     if config.eval_only:
         model = accelerator.prepare(raw_model)
-        results = {name: evaluate(model, split, *eval_options) for name, split in splits.items()}
+        results = evaluate_splits(model, splits, *eval_options)
         print_results(accelerator, "evaluation", results, data.labels.class_names)
+        print_confidence(accelerator, results)
         print_image_notes(accelerator, splits)
         return accelerator.end_training()
     is_main, dataset = accelerator.is_main_process, (config.dataset_name, config.dataset_config_name)
@@ -208,7 +195,7 @@ def main(arguments: list[str] | None = None):
                 validations = {}
                 for weights in ema.variants:
                     with meter.paused(), ema.weights(weights):
-                        validations[weights] = evaluate(model, splits["validation"], *eval_options)
+                        validations[weights] = evaluate(model, splits["validation"], *eval_options, fits=is_end)
                     log(done, "validation", weights=weights, **validations[weights].values)
                 if is_main:
                     rows = {f"validation {weights}": result for weights, result in validations.items()}
@@ -234,16 +221,17 @@ def main(arguments: list[str] | None = None):
     best = ema.variants[-1]
     if "validation" in splits and validations["raw"].score > validations[best].score:
         best = "raw"
+    fitted = validations[best].fitted if validations else None
     last_split = next((name for name in ("test", "validation") if name in splits), None)
     result = samples = None
     with command_errors("train.py", advice), ema.weights(best):
         if is_main:
             checkpoints.replace_earlier()
-        export(config, accelerator, model, raw_model, data.labels, folder)
+        export(config, accelerator, model, raw_model, data.labels, folder, fitted)
         if is_main:
             write_card(config, folder)  # so that the card is not an earlier result's
         if last_split is not None:
-            result = evaluate(model, splits[last_split], *eval_options)
+            result = evaluate(model, splits[last_split], *eval_options, fitted=fitted)
             values = {"weights": best, **result.values}
             if last_split == "test":
                 values["per_class"] = dict(zip(data.labels.class_names, result.per_class))

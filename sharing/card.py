@@ -111,7 +111,7 @@ def card_data(facts: Facts, repo_id: str | None) -> dict:
     if dataset.get("on_hub"):
         data["datasets"] = [dataset["name"]]
     if dataset and result:
-        metrics = {name: METRICS[name] for name in facts.result_metrics if name != "loss"}  # no metric of the Hub
+        metrics = {name: METRICS[name] for name in facts.result_metrics if METRICS[name][0] is not None}
         data["metrics"] = list(dict.fromkeys(metric_type for metric_type, _ in metrics.values()))
         data["model_name"] = (repo_id or facts.folder.name).rpartition("/")[2]
         data["eval_results"] = [

@@ -5,6 +5,11 @@ from pathlib import Path
 PLOTS = {  # the title of each, and a sentence on how to read it
     "curves.png": ("Loss, {score} and learning rate", ""),
     "confusion.png": ("Confusion matrix", ""),
+    "reliability.png": (
+        "Reliability diagram",
+        "A bar on the dashed line means that a probability of 0.8 comes true in 80% of cases; a bar below it means "
+        "that the probabilities are too high. Pale bars have fewer than ten predictions, which the lower panel counts.",
+    ),
     "predictions.png": ("Predictions; errors are red", ""),
     "mistakes.png": (
         "The worst predictions",

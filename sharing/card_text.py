@@ -12,19 +12,26 @@ import safetensors
 from ..data.decoding import DEEP, same_pixels_code
 from ..files import MODEL_FIELDS, PREPROCESSOR, RECORD, RECORD_FIELDS, has_head, read_json, read_metrics
 from ..training.lora import ADAPTER_CONFIG, adapter_base, loading_code
+from . import card_confidence
 from .card_plots import plots
 from .exports import section as exports_section
 from .markdown import fenced, markdown
 from .outgoing import RECIPE, cut_paths, cut_record, recipe_text
 
 PLACEHOLDER = "your-name"  # the user in snippets, until the checkpoint is pushed
-METRICS = {  # name in metrics.jsonl: the Hub's name of the metric, and the title in the card
+METRICS = {  # name in metrics.jsonl: the Hub's name of the metric, if it has one, and the title in the card
     "top1": ("accuracy", "top-1 accuracy"),
     "top5": ("accuracy", "top-5 accuracy"),
     "map": ("map", "mean average precision"),
+    "micro_f1": ("f1", "micro F1 at 0.5"),
+    "macro_f1": ("f1", "macro F1 at 0.5"),
+    "micro_f1_at_thresholds": ("f1", "micro F1 at the thresholds below"),
+    "macro_f1_at_thresholds": ("f1", "macro F1 at the thresholds below"),
     "mae": ("mae", "mean absolute error"),
     "r2": ("r_squared", "R²"),
-    "loss": ("loss", "loss"),
+    "expected_calibration_error": (None, "expected calibration error"),
+    "brier_score": (None, "Brier score"),
+    "loss": (None, "loss"),
 }
 CITATION = """```bibtex
 @article{dosovitskiy2020vit,
@@ -101,12 +108,14 @@ def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
     """The sections of the card; a section without facts is left out."""
     repo_id = repo_id or f"{PLACEHOLDER}/{facts.folder.resolve().name}"
     images = plots(facts.folder, facts.score, facts.config.get("problem_type"))
+    confidence = card_confidence.section(facts.result, facts.record, facts.config.get("problem_type"))
     remarks, exports = facts.record.get("remarks"), facts.record.get("exports")
     sections = [
         f"# {markdown(repo_id.rpartition('/')[2])}",
         summary(facts),
         f"## Use\n\n{usage(facts, repo_id, tag)}",
         f"## Results\n\n{results(facts)}" if facts.result else "",
+        f"## How sure it is\n\n{confidence}" if confidence else "",
         *images,
         legend(facts) if images else "",
         f"## Exported models\n\n{exports_section(exports)}" if exports else "",

@@ -52,7 +52,7 @@ def source_commit() -> str | None:
 
 
 def record(folder: Path, **facts):
-    """Adds the command, the machine, the versions and `facts` to provenance.json; facts that are None are left out.
+    """Adds the command, the machine, the versions and `facts` to provenance.json; a fact that is None is removed.
 
     Absolute paths are cut to their last part, because the file is shared.
     """
@@ -63,6 +63,7 @@ def record(folder: Path, **facts):
         "hardware": hardware(),
         "versions": versions(),
         "commit": source_commit(),
-        **{name: value for name, value in facts.items() if value is not None},
+        **facts,
     }
+    content = {name: value for name, value in content.items() if value is not None or name not in facts}
     write_atomically(folder / RECORD, json.dumps(cut_record(content), indent=2) + "\n")

@@ -220,6 +220,12 @@ class TrainConfig:
         "precision for training (default: the setting of `accelerate launch`, otherwise no)",
     )
     torch_compile: bool = option("run", False, None, "compile the model")
+    calibrate: bool = option(
+        "run",
+        False,
+        None,
+        "divide the head of the exported weights by the temperature that is fitted on the validation split",
+    )
     card_images: bool = option(
         "run",
         True,
@@ -290,6 +296,8 @@ class TrainConfig:
             raise UserError(f"--hub_model_id: expected USER/NAME, got {self.hub_model_id}")
         if self.eval_only and self.model_name_or_path is None:
             raise UserError("--eval_only needs --model_name_or_path, the checkpoint to evaluate")
+        if self.eval_only and self.calibrate:
+            raise UserError("--calibrate cannot be combined with --eval_only, which writes nothing")
 
     def check_lora_options(self):
         """Raises UserError if the options of LoRA conflict with others."""

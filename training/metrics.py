@@ -4,16 +4,17 @@
 and skipped images have the label IGNORED or NaN and do not count.
 """
 
+import typing
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 
 from ..data.labels import MULTI, REGRESSION, SINGLE, Labels
 from ..data.reading import BadImage
 from ..files import terminal_text
+from .calibration import Fitted, Reliability
 from .mistakes import Mistakes, Samples
 
 LARGEST_CONFUSION = 1000  # classes
@@ -22,8 +23,15 @@ COLUMNS = {
     "top1": ("top-1", "9.2%"),
     "top5": ("top-5", "9.2%"),
     "map": ("mAP", "9.2%"),
+    "micro_f1": ("F1 micro", "9.2%"),
+    "macro_f1": ("F1 macro", "9.2%"),
     "mae": ("error", "9.4g"),
     "r2": ("R2", "9.4f"),
+}
+CONFIDENCE = {  # of a table of its own
+    "expected_calibration_error": "ECE",
+    "negative_log_likelihood": "NLL",
+    "brier_score": "Brier",
 }
 
 
@@ -33,18 +41,23 @@ class Evaluation:
 
     Args:
         values: `loss` and `count`, the number of images. One class per image: also `top1`, `top5` in [0, 1] and
-            `correct`. Several classes per image: `map`, the mean average precision in [0, 1]. A number: `mae`, the mean
-            absolute error in the unit of the labels, and `r2`, the explained fraction of the variance.
+            `correct`. Several classes per image: `map`, the mean average precision, and the F1 scores of `f1_scores`,
+            in [0, 1]. A number: `mae`, the mean absolute error in the unit of the labels, and `r2`, the explained
+            fraction of the variance. Of classes also what `Reliability` and `Fitted.values` have.
         per_class: accuracy or average precision of each class, None for a class without images.
         confusion: number of images of each class (row) predicted as each class (column), (K, K); only for one class per
             image and at most LARGEST_CONFUSION classes.
         mistakes: the images with the worst predictions: the most confident wrong classes, or the largest errors.
+        reliability: see `Reliability.compute`.
+        fitted: what was fitted to this split or, on the test split, to the validation split.
     """
 
-    values: dict[str, float]
+    values: dict[str, typing.Any]
     per_class: list[float | None] = field(default_factory=list)
     confusion: torch.Tensor | None = None
     mistakes: Samples | None = None
+    reliability: dict[str, torch.Tensor] = field(default_factory=dict)
+    fitted: Fitted | None = None
 
     @property
     def score(self) -> float:
@@ -56,17 +69,18 @@ class Evaluation:
 class SingleLabelMetrics:
     """Accuracy of logits (B, K) and classes (B,)."""
 
-    def __init__(self, labels: Labels, device: torch.device):
+    def __init__(self, labels: Labels, device: torch.device, fitted: Fitted):
         classes, self.mistakes = len(labels.class_names), Mistakes()
+        self.fitted, self.reliability = fitted, Reliability(device, fitted)
         self.classes, self.has_confusion = classes, classes <= LARGEST_CONFUSION
-        self.loss = torch.zeros(1, device=device)
         self.correct, self.correct5, self.count = torch.zeros(3, classes + 1, dtype=torch.int64, device=device)
         self.confusion = torch.zeros(classes**2 + 1 if self.has_confusion else 0, dtype=torch.int64, device=device)
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor | None = None):
+        self.reliability.update(logits, labels)
+        logits = logits / self.fitted.divisor
         best = logits.topk(min(5, self.classes)).indices  # (B, 5)
         hits = (best == labels[:, None]).long()
-        self.loss += F.cross_entropy(logits, labels, reduction="sum")
         if pixels is not None:
             is_wrong = (labels >= 0) & (hits[:, 0] == 0)
             self.mistakes.update(logits.softmax(dim=-1).amax(dim=-1) * is_wrong, pixels, logits, labels)
@@ -79,24 +93,29 @@ class SingleLabelMetrics:
             self.confusion.scatter_add_(0, cells, torch.ones_like(cells))
 
     def compute(self, accelerator: Accelerator) -> Evaluation:
-        sums = (self.loss, self.correct[:-1], self.correct5[:-1], self.count[:-1], self.confusion[:-1])
-        loss, corrects, corrects5, counts, confusion = (accelerator.reduce(tensor, "sum").cpu() for tensor in sums)
+        sums = (self.correct[:-1], self.correct5[:-1], self.count[:-1], self.confusion[:-1])
+        corrects, corrects5, counts, confusion = (accelerator.reduce(tensor, "sum").cpu() for tensor in sums)
         correct, count = corrects.sum().item(), counts.sum().item()
         require_images(count)
-        values = {"loss": loss.item() / count, "top1": correct / count, "top5": corrects5.sum().item() / count}
+        values, bins = self.reliability.compute(accelerator)
+        scores = {"top1": correct / count, "top5": corrects5.sum().item() / count, "correct": correct, "count": count}
+        values = {"loss": values["negative_log_likelihood"], **scores, **values}
         per_class = [hits / images if images else None for hits, images in zip(corrects.tolist(), counts.tolist())]
         confusion = confusion.view(self.classes, self.classes) if self.has_confusion else None
         mistakes = self.mistakes.compute(accelerator)
-        return Evaluation({**values, "correct": correct, "count": count}, per_class, confusion, mistakes)
+        return Evaluation(values, per_class, confusion, mistakes, bins, self.fitted)
 
 
 class MultiLabelMetrics:
-    """Average precision of logits (B, K) and targets of zeros and ones (B, K). Keeps both for all N images."""
+    """Average precision and F1 of logits (B, K) and targets of zeros and ones (B, K). Keeps both for all N images."""
 
-    def __init__(self, labels: Labels, device: torch.device):
+    def __init__(self, labels: Labels, device: torch.device, fitted: Fitted):
+        self.class_names, self.fitted, self.reliability = labels.class_names, fitted, Reliability(device, fitted)
         self.logits, self.targets, self.mistakes = [], [], Mistakes()
 
     def update(self, logits: torch.Tensor, targets: torch.Tensor, pixels: torch.Tensor | None = None):
+        self.reliability.update(logits, targets)
+        logits = logits / self.fitted.divisor
         if pixels is not None:
             errors = (logits.sigmoid() - targets).abs().amax(dim=-1).nan_to_num(0)
             self.mistakes.update(torch.where(errors > 0.5, errors, 0), pixels, logits, targets)
@@ -108,18 +127,24 @@ class MultiLabelMetrics:
         is_image = ~targets[:, 0].isnan()
         logits, targets = logits[is_image], targets[is_image]
         require_images(len(targets))
-        loss = F.binary_cross_entropy_with_logits(logits, targets).item()
-        per_class = [average_precision(*pair) for pair in zip(logits.T.numpy(), targets.T.numpy() > 0)]
+        positive = targets.numpy() > 0
+        per_class = [average_precision(*pair) for pair in zip(logits.T.numpy(), positive.T)]
         known = [value for value in per_class if value is not None]
-        mean = sum(known) / len(known) if known else 0.0
+        scores = {"map": sum(known) / len(known) if known else 0.0, **f1_scores(logits.numpy() > 0, positive)}
+        if self.fitted.thresholds is not None:
+            thresholds = np.array([self.fitted.thresholds[name] for name in self.class_names])
+            at_thresholds = f1_scores(logits.sigmoid().numpy() >= thresholds, positive)
+            scores |= {f"{name}_at_thresholds": score for name, score in at_thresholds.items()}
+        values, bins = self.reliability.compute(accelerator)
+        values = {"loss": values["negative_log_likelihood"], **scores, "count": len(targets), **values}
         mistakes = self.mistakes.compute(accelerator)
-        return Evaluation({"loss": loss, "map": mean, "count": len(targets)}, per_class, mistakes=mistakes)
+        return Evaluation(values, per_class, mistakes=mistakes, reliability=bins, fitted=self.fitted)
 
 
 class RegressionMetrics:
     """Errors of predictions (B, 1) and targets (B, 1), both normalized by the mean and deviation of the labels."""
 
-    def __init__(self, labels: Labels, device: torch.device):
+    def __init__(self, labels: Labels, device: torch.device, fitted: Fitted):
         self.std, self.mistakes = labels.std, Mistakes()
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(5, dtype=dtype, device=device)
@@ -142,7 +167,7 @@ class RegressionMetrics:
         return Evaluation(values, mistakes=self.mistakes.compute(accelerator))
 
 
-METRICS_OF = {SINGLE: SingleLabelMetrics, MULTI: MultiLabelMetrics, REGRESSION: RegressionMetrics}
+METRICS_OF: dict[str, type] = {SINGLE: SingleLabelMetrics, MULTI: MultiLabelMetrics, REGRESSION: RegressionMetrics}
 
 
 def require_images(count: float):
@@ -166,6 +191,16 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float | None:
     return float((np.diff(recall, prepend=0) * precision).sum())
 
 
+def f1_scores(predicted: np.ndarray, positive: np.ndarray) -> dict[str, float]:
+    """The F1 of all decisions together (micro), and the mean of the classes' F1 (macro), of booleans (N, K).
+
+    The F1 of a class that is neither there nor predicted is 0, as in scikit-learn.
+    """
+    hits, total = (predicted & positive).sum(0), predicted.sum(0) + positive.sum(0)  # (K,)
+    macro = (2 * hits / np.maximum(total, 1)).mean()
+    return {"micro_f1": float(2 * hits.sum() / max(total.sum(), 1)), "macro_f1": float(macro)}
+
+
 def table(title: str, evaluations: dict[str, Evaluation]) -> str:
     """One line for each named evaluation; all of them have the same metrics."""
     metrics = next(iter(evaluations.values())).values
@@ -176,6 +211,15 @@ def table(title: str, evaluations: dict[str, Evaluation]) -> str:
         numbers = "".join(format(values[column], COLUMNS[column][1]) for column in columns)
         images = f"{values['correct']} of {values['count']} correct" if "correct" in values else str(values["count"])
         lines.append(f"  {name:<16}{numbers} {values['loss']:8.4f}   {images}")
+    return "\n".join(lines)
+
+
+def confidence_table(evaluations: dict[str, Evaluation]) -> str:
+    """How far the probabilities can be trusted, one line for each evaluation, or before and after a temperature."""
+    lines = [f"{'probabilities':<26}" + "".join(f"{title:>9}" for title in CONFIDENCE.values())]
+    for name, evaluation in evaluations.items():
+        for moment, values in evaluation.values.get("calibration", {"": evaluation.values}).items():
+            lines.append(f"  {f'{name} {moment}':<24}" + "".join(f"{values[column]:9.4f}" for column in CONFIDENCE))
     return "\n".join(lines)
 
 

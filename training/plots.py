@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from ..data.augment import Augment
 from ..data.dataloader import MapStyleSplit
-from ..data.labels import Labels
+from ..data.labels import MULTI, Labels
 from ..data.streaming import StreamingSplit
 from ..files import read_metrics
 from ..inference.attention import position_similarity
@@ -36,6 +36,7 @@ TITLES = {
     "lr": "learning rate",
 }
 FEW_CLASSES = 30  # a confusion matrix of more classes has no room for names and counts
+FEW_PREDICTIONS, PALE = 10, "#c6dbef"  # a bar of fewer predictions says little
 SAMPLES = 32  # images in predictions.png
 EXPLAINED = 4  # images in attention.png
 OF_DATA = ("predictions.png", "mistakes.png", "attention.png")  # plots that show images of the dataset
@@ -81,6 +82,8 @@ def plot_run(
         if result is not None and result.confusion is not None:
             title = f"{name}: {result.values['correct']} of {result.values['count']} correct"
             draw(folder / "confusion.png", lambda: plot_confusion(result.confusion.numpy(), class_names, title))
+        if result is not None and result.reliability:
+            draw(folder / "reliability.png", lambda: plot_reliability(result, name, labels.problem_type))
         if samples is not None:
             draw(folder / "predictions.png", lambda: plot_predictions(samples, shown))
             if result.mistakes is not None and result.mistakes.pixels.ndim == 4:  # not features of a frozen backbone
@@ -161,6 +164,33 @@ def plot_confusion(counts: np.ndarray, class_names: list[str], title: str) -> Fi
         for row, column in zip(*counts.nonzero()):
             ink = "white" if fractions[row, column] > 0.5 else "black"
             axis.text(column, row, counts[row, column], ha="center", va="center", color=ink, fontsize=8)
+    return figure
+
+
+def plot_reliability(result: Evaluation, split: str, problem_type: str) -> Figure:
+    """How often predictions come true, by their probability; beside it, the same after the temperature, if any."""
+    titles = {"before": f"{split}, as trained", "after": f"{split}, divided by the temperature"}
+    figure = Figure(figsize=(1 + 3.6 * len(result.reliability), 4.4), layout="constrained", dpi=150)
+    options: dict = {"sharex": True, "sharey": "row", "height_ratios": (3, 1), "squeeze": False}
+    for (name, bins), (axis, counts_axis) in zip(
+        result.reliability.items(), figure.subplots(2, len(result.reliability), **options).T
+    ):
+        counts, _, hits = bins.numpy()
+        edges = np.linspace(0, 1, len(counts) + 1)
+        bars = {"width": np.diff(edges), "align": "edge", "edgecolor": "white"}
+        colors = ["C0" if count >= FEW_PREDICTIONS else PALE for count in counts]
+        axis.bar(edges[:-1], hits / np.maximum(counts, 1), color=colors, **bars)
+        axis.plot((0, 1), (0, 1), ls="--", lw=1.2, color="black")
+        values = result.values.get("calibration", {"before": result.values})[name]
+        axis.set(title=f"{titles[name]}\nECE {values['expected_calibration_error']:.4f}", xlim=(0, 1), ylim=(0, 1))
+        counts_axis.bar(edges[:-1], counts, color="0.5", **bars)
+        counts_axis.set_yscale("symlog", linthresh=1)
+        counts_axis.yaxis.set_major_formatter("{x:,.0f}")  # no formula, see `plain_text`
+        for each in (axis, counts_axis):
+            each.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("fraction that comes true")
+    figure.axes[len(result.reliability)].set_ylabel("predictions")
+    figure.supxlabel("probability" if problem_type == MULTI else "probability of the predicted class", fontsize=10)
     return figure
 
 

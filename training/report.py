@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -12,9 +13,10 @@ from ..data.labels import REGRESSION
 from ..data.streaming import StreamingSplit
 from ..files import RECORD, read_json, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
+from .calibration import MIN_IMAGES, Fitted
 from .checkpoint import Splits, count_changed_images, gather_bad_images
 from .lora import ADAPTER_CONFIG
-from .metrics import Evaluation, class_table, table
+from .metrics import MANY_CLASSES, Evaluation, class_table, confidence_table, table
 
 
 @contextlib.contextmanager
@@ -53,6 +55,41 @@ def print_results(accelerator: Accelerator, title: str, results: dict[str, Evalu
     for name, result in results.items():
         if result.per_class:
             accelerator.print(class_table(name, result, class_names))
+
+
+def print_confidence(accelerator: Accelerator, results: dict[str, Evaluation]):
+    """How far the probabilities can be trusted, and what was fitted; nothing for a regression.
+
+    Args:
+        results: by names such as "validation raw"; that of the validation split, if there is one, comes first.
+    """
+    results = {name: result for name, result in results.items() if result.reliability}
+    if not results:
+        return
+    accelerator.print(confidence_table(results))
+    for name, result in results.items():
+        if "micro_f1_at_thresholds" in result.values:
+            micro, macro = (result.values[f"{kind}_f1_at_thresholds"] for kind in ("micro", "macro"))
+            accelerator.print(f"{name}, at the thresholds: F1 micro {micro:.2%}, F1 macro {macro:.2%}")
+    name, result = next(iter(results.items()))
+    if name.startswith("validation"):
+        for line in fitted_lines(result.fitted):
+            accelerator.print(terminal_text(line))
+
+
+def fitted_lines(fitted: Fitted) -> Iterator[str]:
+    """What was fitted on the validation split."""
+    if fitted.temperature is None:
+        yield f"no temperature: it needs at least {MIN_IMAGES} validation images and a model better than chance"
+    elif fitted.calibrated:
+        yield f"the exported head is divided by the temperature {fitted.temperature:.3f} of the validation split"
+    else:
+        yield f"temperature of the validation split: {fitted.temperature:.3f}; train.py --calibrate true applies it"
+    if fitted.keep_score is not None:
+        yield f"95% of the validation images have a highest probability of at least {fitted.keep_score:.3f}"
+    if fitted.thresholds is not None and len(fitted.thresholds) <= MANY_CLASSES:
+        thresholds = ", ".join(f"{name} {threshold:.3f}" for name, threshold in fitted.thresholds.items())
+        yield f"thresholds of the classes with the highest F1: {thresholds}"
 
 
 def print_image_notes(accelerator: Accelerator, splits: Splits):
@@ -112,5 +149,7 @@ def print_end(
             accelerator.print("there is no test split with labels")
         if result is not None:
             print_results(accelerator, "end", {f"{split} {weights}": result}, splits[split].data.labels.class_names)
+            before = {f"validation {weights}": validation} if validation is not None else {}
+            print_confidence(accelerator, {**before, f"{split} {weights}": result})
     print_image_notes(accelerator, splits)
     print_saved(accelerator, folder)

@@ -19,6 +19,7 @@ from ..data.streaming import StreamingSplit
 from ..files import UserError, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .base import base_processor, load_base_model, open_base, summary
+from .calibration import MIN_IMAGES
 from .config import TrainConfig, unknown
 from .defaults import with_fine_tuning_defaults
 from .devices import build_loader_context, on_main_process, require_memory
@@ -80,6 +81,10 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
         raise UserError(f"--label_smoothing_factor needs one class per image, but the labels are {problem}")
     if problem == REGRESSION and config.class_weights:
         raise UserError("--class_weights needs classes, but the labels are numbers (regression)")
+    if problem == REGRESSION and config.calibrate:
+        raise UserError("--calibrate needs classes, but the labels are numbers (regression)")
+    if config.calibrate and (count := data.sizes.get("validation", 0)) < MIN_IMAGES:
+        raise UserError(f"--calibrate: expected at least {MIN_IMAGES} validation images, got {count}")
     if (found := find_bit_depth(data)) is not None:
         data.bit_depth = config.bit_depth or found
         data.report.append(

@@ -159,6 +159,43 @@ def test_card_of_a_multi_label_model_lists_its_classes(folder):
     assert "For each image, it predicts any number of its 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in text
 
 
+CONFIDENCE = {"expected_calibration_error": 0.106, "negative_log_likelihood": 0.181, "brier_score": 0.0573}
+
+
+def record_facts(folder, **facts):
+    record = json.loads((folder / "provenance.json").read_text())
+    (folder / "provenance.json").write_text(json.dumps(record | facts))
+
+
+def test_card_says_how_sure_the_model_is(folder):
+    line = {"step": 40, "split": "test", "count": 360, "top1": 0.9, **CONFIDENCE}
+    both = {"before": CONFIDENCE, "after": CONFIDENCE | {"brier_score": 0.0123}}
+    write_metrics(folder, line | {"calibration": both})
+    record_facts(folder, temperature=0.5215, calibrated=False, keep_score=0.674)
+    text = ModelCard(build_card(folder)).text
+    assert "is 10.6 percentage points away from how often it is right" in text
+    assert "is 0.5215. The weights do not contain it: divide the logits by it before the softmax." in text
+    assert (
+        "| as trained | 0.1060 | 0.1810 | 0.0573 |\n| divided by the temperature | 0.1060 | 0.1810 | 0.0123 |" in text
+    )
+    assert "95% of the validation images have a highest probability of at least 0.674." in text
+    record_facts(folder, calibrated=True)
+    assert "The head was divided by 0.5215" in build_card(folder)
+    write_metrics(folder, {"step": 40, "split": "test", "count": 360, "top1": 0.9})  # of an earlier version
+    assert "How sure it is" not in build_card(folder)
+
+
+def test_card_of_a_multi_label_model_has_the_thresholds_of_few_classes(folder):
+    edit(folder / "config.json", '"pre_norm"', '"problem_type": "multi_label_classification", "pre_norm"')
+    write_metrics(folder, {"step": 40, "split": "test", "count": 360, "map": 0.8, **CONFIDENCE})
+    record_facts(folder, temperature=None, calibrated=False, keep_score=None, thresholds={"a|b": 0.3, "<b>": 0.61})
+    text = ModelCard(build_card(folder)).text
+    assert "No temperature was fitted." in text
+    assert "| class | threshold |\n| --- | --- |\n| a\\|b | 0.300 |\n| &lt;b&gt; | 0.610 |" in text
+    record_facts(folder, thresholds={str(number): number / 40 for number in range(40)})
+    assert "provenance.json has them, from 0 to 0.975." in build_card(folder)
+
+
 HOSTILE = [
     "<!-- vit_simple: end -->",
     "<img src=x onerror=alert(1)>",
@@ -191,6 +228,7 @@ def test_card_with_hostile_names_is_built_again_and_has_no_markup_of_them(folder
         ("provenance.json", {"dataset": "digits"}, "expected dataset to be dict, got 'digits'"),
         ("provenance.json", {"dataset": {"name": "digits"}}, "expected dataset.on_hub to be bool, got nothing"),
         ("provenance.json", {"versions": ["a"]}, "expected versions to be dict.* or nothing, got "),
+        ("provenance.json", {"thresholds": {"cat": "0.5"}}, r"expected thresholds\.cat to be float, got '0.5'"),
         ("provenance.json", {"commands": "python"}, "expected commands to be list.* or nothing, got 'python'"),
         ("config.json", {"id2label": {"0": 0}}, r"expected id2label\.0 to be str, got 0"),
         ("metrics.jsonl", ["step"], "line 1: expected a JSON object, got list"),

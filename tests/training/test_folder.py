@@ -262,8 +262,8 @@ def test_checkpoint_with_weights_that_are_not_finite_is_refused(run):
 def test_metrics_never_hold_a_number_that_is_not_finite(tmp_path, monkeypatch):
     evaluate = train.evaluate
 
-    def broken(*given):
-        result = evaluate(*given)
+    def broken(*given, **options):
+        result = evaluate(*given, **options)
         result.values["loss"] = math.nan
         return result
 

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from vit_simple.data.labels import IGNORED, MULTI, REGRESSION, SINGLE, Labels
 from vit_simple.data.reading import BadImage
+from vit_simple.training.calibration import Fitted
 from vit_simple.training.metrics import METRICS_OF, Evaluation, average_precision, class_table, table
 from vit_simple.training.mistakes import mistake_captions
 
 
 def scored(problem: str, classes: int, *batches) -> Evaluation:
     labels = Labels("label", "", [str(number) for number in range(classes)], std=2.0)
-    scores = METRICS_OF[problem](labels, torch.device("cpu"))
+    scores = METRICS_OF[problem](labels, torch.device("cpu"), Fitted())
     for logits, labels in batches:
         scores.update(torch.tensor(logits), torch.tensor(labels))
     return scores.compute(Accelerator(cpu=True))
@@ -39,7 +40,8 @@ def test_single_label_metrics_ignore_padding():
     logits = [[3.0, 1, 0], [0, 2, 1], [0, 2, 1], [9, 9, 9]]
     result = scored(SINGLE, 3, (logits, [0, 1, 2, IGNORED]), ([[0.0, 1, 2]], [0]))
     expected = F.cross_entropy(torch.tensor([*logits[:3], [0, 1, 2]]), torch.tensor([0, 1, 2, 0])).item()
-    assert result.values == {"loss": pytest.approx(expected), "top1": 0.5, "top5": 1.0, "correct": 2, "count": 4}
+    values = {name: result.values[name] for name in ("loss", "top1", "top5", "correct", "count")}
+    assert values == {"loss": pytest.approx(expected), "top1": 0.5, "top5": 1.0, "correct": 2, "count": 4}
     assert result.per_class == [0.5, 1.0, 0.0] and result.score == 0.5
     assert result.confusion.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
 
@@ -93,7 +95,7 @@ def test_regression_metrics_use_the_unit_of_the_labels():
 def test_worst_predictions_come_first_without_correct_ones_and_padding(problem, logits, labels, expected, captions):
     kind = {SINGLE: "class", MULTI: "vector", REGRESSION: "number"}[problem]
     described = Labels("label", kind, [str(number) for number in range(len(logits[0]))], std=2.0)
-    metrics = METRICS_OF[problem](described, torch.device("cpu"))
+    metrics = METRICS_OF[problem](described, torch.device("cpu"), Fitted())
     for number, (row, label) in enumerate(zip(logits, labels)):
         metrics.update(
             torch.tensor([row]).float(), torch.tensor([label]), torch.full((1, 3, 2, 2), number, dtype=torch.uint8)

@@ -22,7 +22,7 @@ from vit_simple.training.plots import plot_run
 
 SHORT = ["--max_steps", "2", "--max_train_samples", "64", "--per_device_train_batch_size", "32"]
 OF_DATA = {"predictions.png", "mistakes.png", "attention.png"}
-PLOTS = {"curves.png", "confusion.png", "positions.png", *OF_DATA}
+PLOTS = {"curves.png", "confusion.png", "reliability.png", "positions.png", *OF_DATA}
 
 
 def plot(folder, *names: str) -> list[int]:
@@ -34,7 +34,8 @@ def plot(folder, *names: str) -> list[int]:
     targets, pixels = [*range(count - 1), 0], torch.zeros(count, 3, 16, 16, dtype=torch.uint8)
     samples = Samples(pixels, torch.eye(count), targets, torch.zeros(1, 3, 16, 16))
     confusion = torch.eye(count, dtype=torch.int64)
-    result = Evaluation({"correct": count, "count": count}, [1.0] * count, confusion, mistakes=samples)
+    values = {"correct": count, "count": count, "expected_calibration_error": 0.0}
+    result = Evaluation(values, [1.0] * count, confusion, samples, {"before": torch.ones(3, 15)})
     tiny(num_labels=count).save_pretrained(folder)
     return plot_run(folder, "test", classes(*names), result, samples)
 
@@ -120,7 +121,9 @@ def test_images_of_the_dataset_are_in_no_plot_if_none_may_be_shown(tmp_path):
     plot(tmp_path, "cat", "dog")
     assert plots_in(tmp_path) == PLOTS
     mistakes = Samples(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.eye(2)[:1], [1])
-    result = Evaluation({"correct": 1, "count": 2}, [1.0], torch.eye(2, dtype=torch.int64), mistakes)
+    values = {"correct": 1, "count": 2, "expected_calibration_error": 0.0}
+    bins = {"before": torch.ones(3, 15)}
+    result = Evaluation(values, [1.0], torch.eye(2, dtype=torch.int64), mistakes, bins)
     plot_run(tmp_path, "test", classes("cat", "dog"), result, None)
     assert plots_in(tmp_path) == PLOTS - OF_DATA  # nor in one of an earlier run
 

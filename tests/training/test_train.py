@@ -39,6 +39,7 @@ def test_run_folder_is_complete(run_folder):
         "train_config.yaml",
         "curves.png",
         "confusion.png",
+        "reliability.png",
         "predictions.png",
         "mistakes.png",
         "attention.png",
@@ -54,7 +55,7 @@ def test_run_folder_is_complete(run_folder):
     assert [row["split"] for row in rows if row["split"] != "train"] == ["validation", "test"]
     train = [row for row in rows if row["split"] == "train"]
     assert all(0 <= row["data_wait"] <= 1 for row in train)
-    for plot in ("curves.png", "confusion.png", "predictions.png"):
+    for plot in ("curves.png", "confusion.png", "reliability.png", "predictions.png"):
         assert len(Image.open(run_folder / plot).convert("RGB").getcolors(10**6)) > 20
     assert train[-1]["step"] == 40 and train[-1]["epoch"] == 1 and train[0]["images_per_second"] > 0
     assert train[-1]["loss"] < train[0]["loss"]  # ten seeds: by 0.09 or more
