@@ -26,6 +26,7 @@ from vit_simple.sharing.card_text import confidence_interval
 from vit_simple.sharing.record import record
 from vit_simple.sharing.run import record_run
 from vit_simple.training.base import open_base
+from vit_simple.training.calibration import Fitted
 from vit_simple.training.checkpoint import log_metrics, save_result
 from vit_simple.training.config import OPTIONS, TrainConfig, convert, unknown
 from vit_simple.training.devices import build_accelerator
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None):
         correct = (knn_votes(train, features, num_classes, k).argmax(-1) == classes).sum().item()
         print(sentence(f"k-NN, k = {k}", correct, len(classes), held_out))
     head, strength = fit_logistic(*train, num_classes)
-    metrics = METRICS_OF[data.labels.problem_type](data.labels, torch.device("cpu"))
+    metrics = METRICS_OF[data.labels.problem_type](data.labels, torch.device("cpu"), Fitted())
     metrics.update(head(features), classes)
     result = metrics.compute(accelerator)
     print(sentence("logistic regression", result.values["correct"], len(classes), held_out))

@@ -87,8 +87,8 @@ class ReliabilitySums:
         )
 
     def compute(self, accelerator: Accelerator) -> tuple[dict[str, float], torch.Tensor]:
-        bins, losses = (accelerator.reduce(sums, "sum").cpu() for sums in (self.bins[:, :-1], self.losses))
-        count, confidence, hits = bins
+        bins, losses = (accelerator.reduce(sums, "sum").cpu() for sums in (self.bins, self.losses))
+        count, confidence, hits = bins = bins[:, :-1]
         error = (hits - confidence).abs().sum() / count.sum()
         log_loss, square = (losses / count.sum()).tolist()
         values = {"expected_calibration_error": error.item(), "negative_log_likelihood": log_loss}

@@ -46,6 +46,7 @@ def evaluate(
     result = metrics.compute(accelerator)
     if kept is not None:
         result.fitted = kept.fit(labels.class_names, result.values["count"], calibrate)
+    if result.fitted is not None:
         result.values |= result.fitted.values
     return result
 

@@ -197,6 +197,9 @@ def test_calibrated_run_exports_a_divided_head_and_keeps_its_checkpoints(tmp_pat
     assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
 
     shown, applied = (read_metrics(tmp_path / name)[-1] for name in ("plain", "calibrated"))
+    validation = read_metrics(tmp_path / "plain")[-2]
+    assert validation["temperature"] == shown["temperature"] == temperature and "calibration" not in validation
+    assert shown["keep_score"] == records[0]["keep_score"] and applied["keep_score"] == records[1]["keep_score"]
     assert shown["calibration"] == applied["calibration"] and shown["correct"] == applied["correct"]
     assert shown["loss"] == shown["calibration"]["before"]["negative_log_likelihood"]
     assert applied["loss"] == applied["calibration"]["after"]["negative_log_likelihood"]
