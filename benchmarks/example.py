@@ -1,8 +1,8 @@
 """Trains like transformers' examples/pytorch/image-classification/run_image_classification_no_trainer.py.
 
 torchvision opens, crops, flips and normalizes each image in a DataLoader without workers, the example's default. It
-uses Accelerate, AdamW and a linear schedule, evaluates on a fraction of train after each epoch, and saves the model,
-transformers' own ViT built from a config. `benchmarks.train` runs this file.
+uses Accelerate, AdamW and a linear schedule, evaluates on a fraction of train after each epoch, and saves the model:
+transformers' own ViT built from a config (for `benchmarks.train`) or a checkpoint (for `benchmarks.fine_tune`).
 """
 
 import argparse
@@ -23,14 +23,23 @@ from torchvision.transforms import (
     ToTensor,
 )
 from tqdm import tqdm
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, get_scheduler
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    get_scheduler,
+)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--image_column_name", default="image")
-    parser.add_argument("--config", type=json.loads, required=True, help="fields of ViTConfig as JSON")
+    parser.add_argument("--config", type=json.loads, help="fields of ViTConfig as JSON")
+    parser.add_argument("--model_name_or_path", help="checkpoint of vit_simple")
+    parser.add_argument("--image_size", type=int, help="of the checkpoint's model")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--num_train_epochs", type=int, default=3)
     parser.add_argument("--per_device_train_batch_size", type=int, default=8)
@@ -48,9 +57,15 @@ def main():
         splits = {"train": halves["train"], "validation": halves["test"]}
     labels = splits["train"].features["label"].names
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
-    model = ViTForImageClassification(ViTConfig(**arguments.config, **names))
-    size = arguments.config["image_size"]
-    processor = ViTImageProcessor(size={"height": size, "width": size})
+    if arguments.model_name_or_path is not None:
+        path, size = arguments.model_name_or_path, arguments.image_size
+        model = AutoModelForImageClassification.from_pretrained(path, image_size=size, trust_remote_code=True, **names)
+        stored = AutoImageProcessor.from_pretrained(path)
+        colors = {"image_mean": stored.image_mean, "image_std": stored.image_std}
+    else:
+        model = ViTForImageClassification(ViTConfig(**arguments.config, **names))
+        size, colors = arguments.config["image_size"], {}
+    processor = ViTImageProcessor(size={"height": size, "width": size}, **colors)
 
     normalize = Normalize(mean=processor.image_mean, std=processor.image_std)
     training = Compose([RandomResizedCrop(size), RandomHorizontalFlip(), ToTensor(), normalize])

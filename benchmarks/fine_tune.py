@@ -1,7 +1,11 @@
 """Ways to adapt pretrained weights to a few images of each class: accuracy on the test split, and seconds.
 
 python -m benchmarks.fine_tune CHECKPOINT DATASET --images_per_class 10 100 1000 --seeds 3
-python -m benchmarks.fine_tune CHECKPOINT DATASET --images_per_class 20 --grid
+python -m benchmarks.fine_tune CHECKPOINT DATASET --images_per_class 20 --grid --output grid
+
+CHECKPOINT is anything that convert_checkpoint.py opens. Seconds are those of the whole command; k-NN and logistic
+regression share one. All methods use images of --image_size. benchmarks/results gets every run as JSON, and the table.
+transformers' example needs torchvision.
 """
 
 import argparse
@@ -12,23 +16,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from datasets import DatasetDict, load_dataset
 
+from benchmarks.measure import RESULTS, describe, machine, write_report
 from vit_simple.files import ROOT, read_metrics
 
-HF_EXAMPLE = (  # the defaults of transformers' run_image_classification.py, in this training loop
-    "--num_train_epochs 3 --per_device_train_batch_size 8 --learning_rate 5e-5 --layer_decay 1 --weight_decay 0 "
-    "--lr_scheduler_type linear --warmup_steps 0 --random_resized_crop 0.08 --horizontal_flip 0.5"
-)
 METHODS = {  # name: options of train.py
     "frozen head": "--freeze_backbone true",
+    "LoRA": "--lora_rank 8",
     "full fine-tuning": "",
-    "the defaults of transformers' example": HF_EXAMPLE,
-    "from scratch": None,
 }
+EXAMPLE, SCRATCH = "transformers' example at its defaults", "from scratch"
 GRID = {
     f"rate {rate}, layer decay {decay}, crop {crop}": f"--learning_rate {rate} --layer_decay {decay} "
     f"--random_resized_crop {crop}"
@@ -54,22 +56,56 @@ def call(*command) -> tuple[str, float]:
     return result.stdout, time.perf_counter() - start
 
 
-def measure(options: argparse.Namespace, data: Path, seed: int, work: Path) -> dict[str, tuple[float, float]]:
-    """Accuracy and seconds of each method."""
-    found, start = {}, ["--model_name_or_path", options.checkpoint]
+def probe(options: argparse.Namespace, given: list) -> dict[str, tuple[float, float]]:
+    """Accuracy and seconds of the classifiers on frozen features."""
+    said, seconds = call("probe.py", options.checkpoint, *given)
+    found = re.findall(r"^(k-NN, k = 20|logistic regression).*?([\d.]+)% \(95", said, re.MULTILINE)
+    return {name: (float(percent) / 100, seconds) for name, percent in found}
+
+
+def example(options: argparse.Namespace, data: Path, seed: int, folder: Path) -> tuple[float, float]:
+    """Accuracy and seconds of transformers' example, which evaluates on no test split: train.py does."""
+    call("convert_checkpoint.py", options.checkpoint, folder / "base")
+    start = ["--model_name_or_path", folder / "base", "--image_size", options.image_size]
+    _, seconds = call(
+        *("-m", "benchmarks.example", *start, "--dataset_name", data, "--seed", seed, "--output_dir", folder / "tuned"),
+        *([] if options.epochs is None else ["--num_train_epochs", options.epochs]),
+    )
+    said, _ = call("train.py", "--eval_only", "--model_name_or_path", folder / "tuned", "--dataset_name", data)
+    correct, count = re.search(r"^ *test .* (\d+) of (\d+) correct", said, re.MULTILINE).groups()
+    return int(correct) / int(count), seconds
+
+
+def measure(options: argparse.Namespace, data: Path, seed: int, work: Path) -> Iterator[tuple[str, float, float]]:
+    """Each method, its accuracy and its seconds."""
+    start = ["--model_name_or_path", options.checkpoint, "--probe", "false"]
     given = ["--dataset_name", data, "--image_size", options.image_size, "--seed", seed]
+    methods = {"default": ""} | GRID if options.grid else METHODS
+    runs = {name: [*start, *text.split()] for name, text in methods.items()}
     if not options.grid:
-        said, seconds = call("probe.py", options.checkpoint, *given)
-        for name, percent in re.findall(r"^(k-NN, k = 20|logistic regression).*?([\d.]+)% \(95", said, re.MULTILINE):
-            found[name] = float(percent) / 100, seconds
-    for name, text in ({"default": ""} | GRID if options.grid else METHODS).items():
+        yield from ((name, *found) for name, found in probe(options, given).items())
+        yield EXAMPLE, *example(options, data, seed, work / "example")
+        runs[SCRATCH] = ["--variant", options.variant]
+    for name, chosen in runs.items():
         folder = work / re.sub(r"\W", "_", name)
-        scratch = ["--variant", options.variant, "--per_device_train_batch_size", 32]
-        chosen = scratch if text is None else [*start, "--probe", "false", *text.split()]
-        _, seconds = call("train.py", *given, *chosen, "--output_dir", folder)
-        found[name] = read_metrics(folder)[-1]["top1"], seconds
-        print(f"{name}, seed {seed}: {found[name][0]:.1%}, {seconds:.0f} s", file=sys.stderr)
-    return found
+        length = [] if options.epochs is None else ["--num_train_epochs", options.epochs]
+        _, seconds = call("train.py", *given, *chosen, *length, "--output_dir", folder)
+        yield name, read_metrics(folder)[-1]["top1"], seconds
+
+
+def table(runs: list[dict]) -> str:
+    """The mean accuracy and its standard deviation over the seeds, and the mean seconds, of each method."""
+    sizes, names = (list(dict.fromkeys(run[key] for run in runs)) for key in ("images_per_class", "method"))
+    lines = [["method", *(f"{size} images per class" for size in sizes)], ["---"] * (len(sizes) + 1)]
+    for name in names:
+        lines.append([name])
+        for size in sizes:
+            some = [run for run in runs if (run["images_per_class"], run["method"]) == (size, name)]
+            scores = [run["accuracy"] for run in some]
+            spread = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            seconds = statistics.mean(run["seconds"] for run in some)
+            lines[-1].append(f"{100 * statistics.mean(scores):.1f}%{spread}, {seconds:.0f} s")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def main():
@@ -81,25 +117,27 @@ def main():
     parser.add_argument("--images_per_class", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--test_images", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="of every method, for a quick try (default: what each chooses)")
     parser.add_argument("--grid", action="store_true", help="the defaults of train.py beside 12 other choices")
+    parser.add_argument("--output", default="fine_tune", help="name of the files in benchmarks/results")
     options = parser.parse_args()
-    options.checkpoint = (
-        str(Path(options.checkpoint).resolve()) if Path(options.checkpoint).exists() else options.checkpoint
-    )
-    dataset = load_dataset(options.dataset)
-    print("| images per class | method | accuracy | seconds |\n|---|---|---|---|")
-    for per_class in options.images_per_class:
-        runs = []
-        for seed in range(options.seeds):
-            with tempfile.TemporaryDirectory() as work:
-                data = Path(work) / "data"
-                data.mkdir()
-                write_subset(dataset, data, per_class, options.test_images, seed)
-                runs.append(measure(options, data, seed, Path(work)))
-        for name in runs[0]:
-            scores, seconds = zip(*(run[name] for run in runs))
-            spread = f" ± {statistics.stdev(scores):.1%}" if len(scores) > 1 else ""
-            print(f"| {per_class} | {name} | {statistics.mean(scores):.1%}{spread} | {statistics.mean(seconds):.0f} |")
+    if Path(options.checkpoint).exists():
+        options.checkpoint = str(Path(options.checkpoint).resolve())
+    dataset, runs = load_dataset(options.dataset), []
+    settings = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "dataset", "output")}
+    names = {name: Path(getattr(options, name)).name for name in ("checkpoint", "dataset")}
+    report = {**machine(), **names, "options": settings, "runs": runs}
+    for per_class, seed in itertools.product(options.images_per_class, range(options.seeds)):
+        with tempfile.TemporaryDirectory() as work:
+            data = Path(work) / "data"
+            data.mkdir()
+            write_subset(dataset, data, per_class, options.test_images, seed)
+            for name, accuracy, seconds in measure(options, data, seed, Path(work)):
+                facts = {"images_per_class": per_class, "method": name, "seed": seed, "accuracy": accuracy}
+                runs.append(facts | {"seconds": round(seconds, 1)})
+                write_report(report, RESULTS / f"{options.output}.json")
+    (RESULTS / f"{options.output}.md").write_text(f"{describe(report)}\n\n{table(runs)}", encoding="utf-8")
+    print(table(runs))
 
 
 if __name__ == "__main__":

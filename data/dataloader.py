@@ -217,10 +217,19 @@ class ImageSplit:
         return [(self.decode.stack([image])[0], target) for image, target in decoded if image is not None]
 
     def load(self, num_workers: int, **options) -> Iterator:
-        """The batches of a DataLoader whose workers ignore signals."""
+        """The batches of a DataLoader whose workers ignore signals.
+
+        Raises:
+            RunError: a worker died while it handed over a batch; torch raises RuntimeError if it dies at another time.
+        """
         pin = self.context.device.type == "cuda"
         options |= {"num_workers": num_workers, "worker_init_fn": ignore_signals}
-        return iter(DataLoader(collate_fn=identity, pin_memory=pin, **options))
+        try:
+            yield from DataLoader(collate_fn=identity, pin_memory=pin, **options)
+        except ConnectionError as error:
+            if error.errno is None:  # raised in a worker, by what it reads
+                raise
+            raise RunError(f"a DataLoader worker was killed, perhaps because memory ran out: {error}") from error
 
     def to_device(self, *tensors: torch.Tensor) -> tuple:
         return tuple(tensor.to(self.context.device, non_blocking=True) for tensor in tensors)

@@ -54,6 +54,7 @@ def merged(train) -> Path:
     return train("merged")
 
 
+@pytest.mark.slow
 def test_merged_checkpoint_loads_in_one_line_and_keeps_what_lora_does_not_adapt(merged, run_folder):
     model = AutoModelForImageClassification.from_pretrained(merged)
     assert model.config.id2label == {0: "even", 1: "odd"}
@@ -68,6 +69,7 @@ def test_merged_checkpoint_loads_in_one_line_and_keeps_what_lora_does_not_adapt(
     assert "method: LoRA of rank 4" in (merged / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_code_in_the_card_of_an_adapter_gives_the_merged_model(train, merged, monkeypatch):
     """Also, that gradient checkpointing reaches the additions, although the embeddings are frozen."""
     adapter = train("adapter", "--lora_save", "adapter", "--gradient_checkpointing")
@@ -89,6 +91,7 @@ def test_code_in_the_card_of_an_adapter_gives_the_merged_model(train, merged, mo
         push(adapter, "user/name", license="mit")
 
 
+@pytest.mark.slow
 def test_resumed_run_ends_with_the_same_bits(train, merged):
     folder = merged.parent / "resumed"
     shutil.copytree(merged, folder)
