@@ -17,6 +17,7 @@ from vit_simple.files import ROOT, read_metrics
 from vit_simple.train import main
 from vit_simple.training import calibration
 from vit_simple.training.calibration import Fitted, KeptLogits, best_threshold
+from vit_simple.training.config import TrainConfig
 from vit_simple.training.metrics import METRICS_OF, Evaluation
 
 NAMES = ["cat", "dog", "cow"]
@@ -215,9 +216,9 @@ def test_calibrated_run_exports_a_divided_head_and_keeps_its_checkpoints(tmp_pat
 def test_export_in_mid_training_forgets_what_an_earlier_run_fitted(tmp_path):
     model, accelerator, labels = tiny(num_labels=3), Accelerator(cpu=True), Labels("label", "class", NAMES)
     fitted = Fitted(2.0, True, keep_score=0.5)
-    train.export(accelerator, model, model, labels, tmp_path, fitted)
+    train.export(TrainConfig(), accelerator, model, model, labels, tmp_path, fitted)
     assert load_file(tmp_path / "model.safetensors")["head.bias"].equal(model.head.bias / 2)
-    train.export(accelerator, model, model, labels, tmp_path)
+    train.export(TrainConfig(), accelerator, model, model, labels, tmp_path)
     record = json.loads((tmp_path / "provenance.json").read_text())
     assert not record["calibrated"] and not {"temperature", "thresholds", "keep_score"} & record.keys()
     assert load_file(tmp_path / "model.safetensors")["head.bias"].equal(model.head.bias)
