@@ -59,8 +59,8 @@ def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = Non
 def padding_fields(image_size: tuple[int, int]) -> dict:
     """The fields of preprocessor_config.json that resize the whole image to fit into `image_size` and pad it in black.
 
-    Donut's processor pads before it normalizes, and returns nothing but pixels. It resizes the short side to that of the
-    model and then, if the long side is too long, both.
+    Donut's processor pads before it normalizes, and returns nothing but pixels. It resizes the short side to that
+    of the model and then, if the long side is too long, both.
     """
     height, width = image_size
     return {
