@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -34,7 +35,9 @@ def open_model(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
         model = model_class.from_pretrained(path, dtype=torch.float32)
         processor = json.loads(Path(cached_file(path, PREPROCESSOR)).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:  # the config raises ValueError
-        raise UserError(f"the model {path} cannot be read: {error}") from error
+        is_hub_id = not isinstance(error.__cause__, HFValidationError)
+        reason = error if is_hub_id else "it is neither a folder nor a Hub id"
+        raise UserError(f"the model {path} cannot be read: {reason}") from error
     if model.config.num_channels != 3:
         raise UserError(f"expected a model of RGB images, got one of {model.config.num_channels} channels")
     return model.eval(), open_processor(processor)
