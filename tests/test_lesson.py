@@ -1,13 +1,18 @@
 """Both notebooks of the lesson are what its sections say, and its exercises accept the right answers alone."""
 
+import ast
 import importlib.util
 import re
 
-import nbformat
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from vit_simple.files import ROOT
 
+nbformat = pytest.importorskip("nbformat", reason='the lesson needs nbformat: pip install -e ".[lesson]"')
+pytest.importorskip("nbclient", reason='the lesson needs nbclient: pip install -e ".[lesson]"')
 FOLDER = ROOT / "docs" / "lesson"
 LANGUAGES = ("en", "ja")
 
@@ -19,11 +24,11 @@ def load_build():
     return module
 
 
-def notebook(language: str) -> nbformat.NotebookNode:
+def notebook(language: str) -> "nbformat.NotebookNode":
     return nbformat.read(FOLDER / f"vit.{language}.ipynb", as_version=4)
 
 
-def code(notebook: nbformat.NotebookNode) -> list[str]:
+def code(notebook: "nbformat.NotebookNode") -> list[str]:
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
@@ -62,3 +67,85 @@ def test_notebook_texts_measure_nothing(language):
     """Percentages and seconds of one machine belong into cells that check them."""
     texts = "\n".join(source for kind, source in cells_of(language) if kind == "markdown")
     assert not re.search(r"\d\s?(%|％|seconds|秒)", texts)
+
+
+@pytest.fixture
+def exercises() -> dict:
+    """The checkers of the exercises, and what they need of the cells before them."""
+    torch.manual_seed(0)
+    space = {"torch": torch, "nn": nn, "F": F, "D": 128, "h": 4, "tokens": torch.randn(1, 197, 128)}
+    space |= {"qkv": nn.Linear(128, 3 * 128), "proj": nn.Linear(128, 128)}
+    wanted = {"verdict", "attention", "check_tokens", "check_attention", "check_slip", "check_head"}
+    for source in code(notebook("en")):
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and node.name in wanted:
+                exec(ast.unparse(node), space)
+    return space
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(
+    "check, answer",
+    [("check_tokens", "num_tokens"), ("check_attention", "short_attention"), ("check_head", "MeanHead")],
+)
+def test_exercise_accepts_the_folded_solution(exercises, language, check, answer):
+    texts = [source for kind, source in cells_of(language) if kind == "markdown" and "<details>" in source]
+    (solution,) = [text for text in texts if re.search(rf"(def|class) {answer}\(", text)]
+    exec(re.search(r"```python\n(.*?)```", solution, re.DOTALL)[1], exercises)
+    assert exercises[check](exercises[answer]).startswith("OK")
+
+
+WRONG_ATTENTION = """
+def answer(x):
+    query, key, value = (each.view(1, 197, h, D // h){move} for each in qkv(x).chunk(3, dim=-1))
+    return {end}
+"""
+ATTEND = "F.scaled_dot_product_attention(query, key, value)"
+
+
+@pytest.mark.parametrize(
+    "check, answer, hint",
+    [
+        ("check_tokens", "answer = lambda height, width, size: None", "write your answer"),
+        (
+            "check_tokens",
+            "answer = lambda height, width, size: (height // size) * (width // size)",
+            "counted the patches",
+        ),
+        ("check_tokens", "answer = lambda height, width, size: (height // size) ** 2 + 1", "may differ"),
+        ("check_attention", "answer = lambda x: None", "write your answer"),
+        ("check_attention", WRONG_ATTENTION.format(move="", end=f"proj({ATTEND}.flatten(2))"), "before the tokens"),
+        (
+            "check_attention",
+            WRONG_ATTENTION.format(move=".transpose(1, 2)", end=f"{ATTEND}.transpose(1, 2).flatten(2)"),
+            "proj",
+        ),
+        ("check_slip", "answer = 2", "transpose is there"),
+        ("check_slip", "answer = 5", "line by line"),
+        (
+            "check_head",
+            "class answer(nn.Linear):\n    forward = lambda self, x: F.linear(x[:, 0], self.weight, self.bias)",
+            "alone",
+        ),
+        (
+            "check_head",
+            "class answer(nn.Linear):\n    forward = lambda self, x: F.linear(x.mean(1), self.weight, self.bias)",
+            "no patch",
+        ),
+        ("check_head", "answer = nn.Linear", "each image"),
+    ],
+)
+def test_exercise_teaches_after_a_wrong_answer(exercises, check, answer, hint):
+    exec(answer, exercises)
+    message = exercises[check](exercises["answer"])
+    assert message.startswith("Not yet") and re.search(hint, message)
+    assert "もう少しです。" in message
+
+
+def test_slip_in_the_exercise_is_the_third(exercises):
+    assert exercises["check_slip"](3).startswith("OK")
+
+
+@pytest.mark.slow
+def test_notebook_runs():
+    load_build().run(notebook("ja"))
