@@ -2,7 +2,10 @@
 
 import ast
 import importlib.util
+import logging
 import re
+import warnings
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -149,3 +152,37 @@ def test_slip_in_the_exercise_is_the_third(exercises):
 @pytest.mark.slow
 def test_notebook_runs():
     load_build().run(notebook("ja"))
+
+
+@pytest.fixture(scope="module")
+def slip_cells() -> list[str]:
+    """The code from the first patches to the sixth slip, which draws nothing and leaves outputs/ alone."""
+    cells = code(notebook("en"))
+    (last,) = [number for number, source in enumerate(cells) if "start(0.0)" in source]
+    setup = cells[1].replace("import matplotlib.pyplot as plt", "").replace("shutil.rmtree", "str")
+    return [setup, *cells[2 : last + 1]]
+
+
+@pytest.mark.parametrize(
+    "slip, right",
+    [
+        ('slip == "projection"', "False"),
+        ('slip != "heads"', "True"),
+        ("key.mT * D**-0.5", "key.mT * (D // h) ** -0.5"),
+        ("if not slip:", "if True:"),
+        ("(x if slip else y)", "y"),
+        ("start(0.0)", "start(0.02)"),
+    ],
+    ids=["projection", "heads", "scale", "positions", "residual", "zero"],
+)
+def test_slip_cell_fails_if_the_slip_is_put_right(slip_cells, slip, right, monkeypatch):
+    pyplot = MagicMock()
+    pyplot.subplots = lambda *args, **kwargs: (MagicMock(), MagicMock())
+    pyplot.figure().subfigures.return_value = MagicMock(), MagicMock()
+    space = {"plt": pyplot}
+    assert sum(slip in source for source in slip_cells) == 1
+    monkeypatch.setattr(warnings, "filters", warnings.filters[:])  # the cells silence both
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+    with pytest.raises(AssertionError):
+        for source in slip_cells:
+            exec(source.replace(slip, right), space)
