@@ -159,7 +159,9 @@ def slip_cells() -> list[str]:
     """The code from the first patches to the sixth slip, which draws nothing and leaves outputs/ alone."""
     cells = code(notebook("en"))
     (last,) = [number for number, source in enumerate(cells) if "start(0.0)" in source]
-    setup = cells[1].replace("import matplotlib.pyplot as plt", "").replace("shutil.rmtree(OUTPUT, ignore_errors=True)", "")
+    setup = (
+        cells[1].replace("import matplotlib.pyplot as plt", "").replace("shutil.rmtree(OUTPUT, ignore_errors=True)", "")
+    )
     return [setup, *cells[2 : last + 1]]
 
 
