@@ -18,7 +18,8 @@ FOLDER = Path(__file__).parent
 LANGUAGES = ("en", "ja")
 MARKER = re.compile(r"^<!-- (en|ja|code) -->\n", re.MULTILINE)
 FENCE = re.compile(r"```python\n(.*?)\n?```", re.DOTALL)
-JAPANESE_BREAK = re.compile(r"(?<=[^\x00-\x7f])\n(?=[^\x00-\x7f])")  # Markdown would show it as a space
+# Line breaks that Markdown would show as a space inside a Japanese sentence.
+JAPANESE_BREAK = re.compile(r"(?<=[^\x00-\x7f])\n(?=[^\x00-\x7f])|(?<=[、。）])\n(?=\S)|(?<=\S)\n(?=（)")
 
 
 def read_cells() -> list[tuple[str, str]]:
