@@ -19,7 +19,7 @@ LANGUAGES = ("en", "ja")
 MARKER = re.compile(r"^<!-- (en|ja|code) -->\n", re.MULTILINE)
 FENCE = re.compile(r"```python\n(.*?)\n?```", re.DOTALL)
 # Line breaks that Markdown would show as a space inside a Japanese sentence.
-JAPANESE_BREAK = re.compile(r"(?<=[^\x00-\x7f])\n(?=[^\x00-\x7f])|(?<=[、。）])\n(?=\S)|(?<=\S)\n(?=（)")
+JAPANESE_BREAK = re.compile(r"(?<=[^\x00-\x7f])\n(?=[^\x00-\x7f])|(?<=[、。\uff09])\n(?=\S)|(?<=\S)\n(?=\uff08)")
 
 
 def read_cells() -> list[tuple[str, str]]:
