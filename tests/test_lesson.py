@@ -154,13 +154,30 @@ def test_notebook_runs():
     load_build().run(notebook("ja"))
 
 
-@pytest.fixture(scope="module")
-def slip_cells() -> list[str]:
-    """The code from the first patches to the sixth slip, which draws nothing and leaves outputs/ alone."""
-    cells = code(notebook("en"))
+@pytest.fixture
+def run_slips(monkeypatch):
+    """Runs the cells from the first patches to the sixth slip, without drawing and without touching outputs/."""
+    pyplot = MagicMock()
+    pyplot.subplots = lambda *args, **kwargs: (MagicMock(), MagicMock())
+    pyplot.figure().subfigures.return_value = MagicMock(), MagicMock()
+    monkeypatch.setattr(warnings, "filters", warnings.filters[:])  # the cells silence both
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+    cells = code(notebook("en"))[1:]
     (last,) = [number for number, source in enumerate(cells) if "start(0.0)" in source]
-    setup = cells[1].replace("import matplotlib.pyplot as plt", "").replace("shutil.rmtree", "str")
-    return [setup, *cells[2 : last + 1]]
+
+    def run_slips(old: str, new: str):
+        assert sum(old in source for source in cells[: last + 1]) == 1
+        space = {"plt": pyplot}
+        for source in cells[: last + 1]:
+            for text in ("import matplotlib.pyplot as plt", "shutil.rmtree(OUTPUT, ignore_errors=True)"):
+                source = source.replace(text, "")
+            exec(source.replace(old, new), space)
+
+    return run_slips
+
+
+def test_slip_cells_run_as_they_stand(run_slips):
+    run_slips("start(0.0)", "start(0.0)")
 
 
 @pytest.mark.parametrize(
@@ -175,14 +192,6 @@ def slip_cells() -> list[str]:
     ],
     ids=["projection", "heads", "scale", "positions", "residual", "zero"],
 )
-def test_slip_cell_fails_if_the_slip_is_put_right(slip_cells, slip, right, monkeypatch):
-    pyplot = MagicMock()
-    pyplot.subplots = lambda *args, **kwargs: (MagicMock(), MagicMock())
-    pyplot.figure().subfigures.return_value = MagicMock(), MagicMock()
-    space = {"plt": pyplot}
-    assert sum(slip in source for source in slip_cells) == 1
-    monkeypatch.setattr(warnings, "filters", warnings.filters[:])  # the cells silence both
-    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+def test_slip_cell_fails_if_the_slip_is_put_right(run_slips, slip, right):
     with pytest.raises(AssertionError):
-        for source in slip_cells:
-            exec(source.replace(slip, right), space)
+        run_slips(slip, right)

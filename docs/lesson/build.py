@@ -18,6 +18,8 @@ FOLDER = Path(__file__).parent
 LANGUAGES = ("en", "ja")
 MARKER = re.compile(r"^<!-- (en|ja|code) -->\n", re.MULTILINE)
 FENCE = re.compile(r"```python\n(.*?)\n?```", re.DOTALL)
+# Line breaks that Markdown would show as a space inside a Japanese sentence.
+JAPANESE_BREAK = re.compile(r"(?<=[^\x00-\x7f])\n(?=[^\x00-\x7f])|(?<=[、。\uff09])\n(?=\S)|(?<=\S)\n(?=\uff08)")
 
 
 def read_cells() -> list[tuple[str, str]]:
@@ -32,10 +34,11 @@ def read_cells() -> list[tuple[str, str]]:
         if before.strip():
             raise ValueError(f"{path.name}: expected a marker such as <!-- en --> first, got {before!r}")
         for kind, content in zip(parts[::2], parts[1::2]):
-            code = FENCE.fullmatch(content.strip())
+            code = FENCE.fullmatch(content.strip()) if kind == "code" else None
             if kind == "code" and not code:
                 raise ValueError(f"{path.name}: expected one python block after <!-- code -->, got {content!r}")
-            cells.append((kind, code[1] if kind == "code" else content.strip()))
+            text = JAPANESE_BREAK.sub("", content.strip()) if kind == "ja" else content.strip()
+            cells.append((kind, code[1] if code else text))
     return cells
 
 
