@@ -33,7 +33,7 @@ from vit_simple.sharing.run import BackgroundPush, check_hub, record_run, share
 from vit_simple.training.calibration import Fitted, divide_head
 from vit_simple.training.checkpoint import Checkpoints, count_changed_images, log_metrics, resume_metrics, save_result
 from vit_simple.training.config import TrainConfig, parse_config
-from vit_simple.training.devices import build_accelerator, mixed_precision_of, on_main_process
+from vit_simple.training.devices import build_accelerator, end_together, mixed_precision_of, on_main_process
 from vit_simple.training.evaluation import evaluate, evaluate_splits
 from vit_simple.training.folder import check_output_dir, how_to_resume, mark_finished, open_folder, start_in
 from vit_simple.training.interrupt import catch_signals, should_stop
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None):
         print_results(accelerator, "evaluation", results, data.labels.class_names)
         print_confidence(accelerator, results)
         print_image_notes(accelerator, splits)
-        return accelerator.end_training()
+        return end_together(accelerator)
     is_main, dataset = accelerator.is_main_process, (config.dataset_name, config.dataset_config_name)
     identity = on_main_process(accelerator, lambda: fingerprint(data, *dataset, config.dataset_revision))
     folder, checkpoint = on_main_process(accelerator, lambda: open_folder(config, accelerator.num_processes, identity))
@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None):
                             progress.write(terminal_text(background_push.start(done)))
                 if stopping:
                     accelerator.print("\n" + terminal_text(f"stopped by a signal: {how_to_resume(folder)}"))
-                    accelerator.end_training()
+                    end_together(accelerator)
                     raise SystemExit(128 + max(signals, default=signal.SIGTERM))
 
     # The end: save the better weights, evaluate them once, and share them
@@ -259,8 +259,7 @@ def main(arguments: list[str] | None = None):
             if message := background_push.wait():
                 accelerator.print(terminal_text(message))
             share(config, folder, "end")
-    accelerator.wait_for_everyone()  # otherwise gloo can deadlock at exit during the cleanup of a gather
-    accelerator.end_training()
+    end_together(accelerator)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,12 @@ def on_main_process(accelerator: Accelerator, make: Callable):
     return broadcast_object_list([make() if accelerator.is_main_process else None])[0]
 
 
+def end_together(accelerator: Accelerator):
+    """Ends the run in every process at the same time: gloo can deadlock if one exits while another cleans up a gather."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def build_loader_context(config: TrainConfig, accelerator: Accelerator) -> LoaderContext:
     """This process and its workers.
 
