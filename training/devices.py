@@ -76,7 +76,7 @@ def on_main_process(accelerator: Accelerator, make: Callable):
 
 
 def end_together(accelerator: Accelerator):
-    """Ends the run in every process at the same time: gloo can deadlock if one exits while another cleans up a gather."""
+    """Ends the run in every process at once: gloo can deadlock if one exits while another cleans up a gather."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
