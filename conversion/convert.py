@@ -253,7 +253,7 @@ def choose_processor(
 
 
 def stored_processor(folder: Path | None, base_model: Any, report: list[str]) -> dict:
-    """The image processor in a folder, or that of the base model, {} if there is none."""
+    """The image processor of a folder or of its base model; {} if neither has one."""
     if folder is not None:
         combined = read_json(folder / "processor_config.json").get("image_processor")
         if processor := read_json(folder / PREPROCESSOR) or combined:

@@ -160,7 +160,7 @@ class ImageSplit:
         self.rows = data.splits[split]
         self.size = data.sizes[split]
         self.bad = {}  # name of a row that was skipped -> reason
-        self.changed = {}  # name of a row of which a pipeline sees other pixels -> reason
+        self.changed = {}  # name of a row that has other pixels in a pipeline -> reason
 
     def read_row(self, row: int | tuple, name: str, epoch: int, image, label, notes: RowNotes) -> tuple:
         """The decoded image and the target of a row; (None, None) and an entry in `notes` if one of them is bad.
@@ -198,7 +198,7 @@ class ImageSplit:
         return images.pixels(), labels, notes
 
     def record(self, notes: RowNotes):
-        """Adds rows to those that were skipped, or of which a pipeline sees other pixels.
+        """Adds rows to those that were skipped, or that have other pixels in a pipeline.
 
         Raises:
             BadImage: bad rows may not be skipped, or the split has no others.

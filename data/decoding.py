@@ -23,7 +23,7 @@ from .reading import BadImage, read_bytes, retry_machine_errors
 
 JPEG_DECODER = kornia_rs.io.ImageDecoder()
 MAX_ASPECT_RATIO = 50  # a longer image is cut to about this many times its short side, if its center is cropped anyway
-TRANSPARENT, DEEP = "transparent", "more than 8 bits"  # images of which a pipeline sees other pixels
+TRANSPARENT, DEEP = "transparent", "more than 8 bits"  # images that have other pixels in a pipeline
 MAX_FULL_BYTES = 16 * 2**20  # of the images that a process keeps at their full size; a larger one is kept alone
 
 
