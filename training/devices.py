@@ -75,9 +75,15 @@ def on_main_process(accelerator: Accelerator, make: Callable):
     return broadcast_object_list([make() if accelerator.is_main_process else None])[0]
 
 
+kept_groups: list = []  # until Python exits
+
+
 def end_together(accelerator: Accelerator):
-    """Ends the run in every process at once: gloo can deadlock if one exits while another cleans up a gather."""
+    """Ends the run in every process at once."""
     accelerator.wait_for_everyone()
+    # Otherwise DDP's reducer can be the last owner of the group: it then waits for gloo's thread and keeps the lock of
+    # Python's interpreter, for which that thread waits.
+    kept_groups.append(torch.distributed.group.WORLD)
     accelerator.end_training()
 
 
