@@ -71,7 +71,7 @@ def find_bit_depth(data: ImageData) -> int | None:
     """The bit depth of the gray images with more than 8 bits, None if some training images show none.
 
     It is the smallest even number of bits, at least 10, that holds all their values: a 16-bit PNG often holds the 12
-    bits of a camera, of which the upper 8 would be nearly black.
+    bits of a camera, and their upper 8 bits would be nearly black.
     """
     if data.array_shape is not None:
         return None

@@ -180,7 +180,7 @@ class LabelColumn:
 
     Args:
         feature: of the dataset.
-        problem_type: None: that of the column's kind.
+        problem_type: by default, the one that fits the column.
         skip_missing: leave out rows without a label.
     """
 

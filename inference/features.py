@@ -36,7 +36,7 @@ from ..files import UserError
 from .opening import hash_weights
 
 CACHE = Path(constants.HF_HOME) / "vit_simple" / "features"
-STRENGTHS = np.logspace(-5, 2, 8)  # of which cross-validation chooses one
+STRENGTHS = np.logspace(-5, 2, 8)  # cross-validation chooses one
 FOLDS = 5
 MAX_SEARCH_IMAGES = 10_000  # on which the strength is chosen; more of them take long and change little
 MAX_PROBE_IMAGES = 2_000  # of `quick_probe`
