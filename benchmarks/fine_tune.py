@@ -4,12 +4,15 @@ python -m benchmarks.fine_tune CHECKPOINT DATASET --images_per_class 10 100 1000
 python -m benchmarks.fine_tune CHECKPOINT DATASET --images_per_class 20 --grid --output grid
 
 CHECKPOINT is anything that convert_checkpoint.py opens. Seconds are those of the whole command; k-NN and logistic
-regression share one. All methods use images of --image_size. benchmarks/results gets every run as JSON, and the table.
+regression share one. All methods use images of --image_size. The model from scratch has as many epochs as full
+fine-tuning. benchmarks/results gets every run as JSON, and the table; the same command continues where it was stopped.
 transformers' example needs torchvision.
 """
 
 import argparse
 import itertools
+import json
+import os
 import re
 import statistics
 import subprocess
@@ -24,12 +27,14 @@ from datasets import DatasetDict, load_dataset
 
 from benchmarks.measure import RESULTS, describe, machine, write_report
 from vit_simple.files import ROOT, read_metrics
+from vit_simple.training.defaults import fine_tuning_options
 
 METHODS = {  # name: options of train.py
     "frozen head": "--freeze_backbone true",
     "LoRA": "--lora_rank 8",
     "full fine-tuning": "",
 }
+PROBES = {"k-NN, k = 20", "logistic regression"}
 EXAMPLE, SCRATCH = "transformers' example at its defaults", "from scratch"
 GRID = {
     f"rate {rate}, layer decay {decay}, crop {crop}": f"--learning_rate {rate} --layer_decay {decay} "
@@ -47,18 +52,19 @@ def write_subset(dataset: DatasetDict, folder: Path, per_class: int, tests: int,
     dataset["test"].select(some).to_parquet(folder / "test-00000-of-00001.parquet")
 
 
-def call(*command) -> tuple[str, float]:
-    """What a command prints, and its seconds."""
+def call(*command, **variables: str) -> tuple[str, float]:
+    """What a command prints, and its seconds; `variables` are added to its environment."""
+    command, environment = [sys.executable, *map(str, command)], os.environ | variables
     start = time.perf_counter()
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)
     return result.stdout, time.perf_counter() - start
 
 
-def probe(options: argparse.Namespace, given: list) -> dict[str, tuple[float, float]]:
-    """Accuracy and seconds of the classifiers on frozen features."""
-    said, seconds = call("probe.py", options.checkpoint, *given)
+def probe(options: argparse.Namespace, given: list, cache: Path) -> dict[str, tuple[float, float]]:
+    """Accuracy and seconds of the classifiers on frozen features, computed without those of an earlier run."""
+    said, seconds = call("probe.py", options.checkpoint, *given, HF_HOME=str(cache))
     found = re.findall(r"^(k-NN, k = 20|logistic regression).*?([\d.]+)% \(95", said, re.MULTILINE)
     return {name: (float(percent) / 100, seconds) for name, percent in found}
 
@@ -76,20 +82,25 @@ def example(options: argparse.Namespace, data: Path, seed: int, folder: Path) ->
     return int(correct) / int(count), seconds
 
 
-def measure(options: argparse.Namespace, data: Path, seed: int, work: Path) -> Iterator[tuple[str, float, float]]:
-    """Each method, its accuracy and its seconds."""
+def measure(
+    options: argparse.Namespace, data: Path, seed: int, work: Path, done: set[str]
+) -> Iterator[tuple[str, float, float]]:
+    """Each method that is not done, its accuracy and its seconds."""
     start = ["--model_name_or_path", options.checkpoint, "--probe", "false"]
     given = ["--dataset_name", data, "--image_size", options.image_size, "--seed", seed]
     methods = {"default": ""} | GRID if options.grid else METHODS
     runs = {name: [*start, *text.split()] for name, text in methods.items()}
     if not options.grid:
-        yield from ((name, *found) for name, found in probe(options, given).items())
-        yield EXAMPLE, *example(options, data, seed, work / "example")
-        runs[SCRATCH] = ["--variant", options.variant]
-    for name, chosen in runs.items():
+        if PROBES - done:
+            yield from ((name, *found) for name, found in probe(options, given, work / "cache").items())
+        if EXAMPLE not in done:
+            yield EXAMPLE, *example(options, data, seed, work / "example")
+        epochs = fine_tuning_options(len(load_dataset(str(data), split="train")), 384, 1)["num_train_epochs"]
+        runs[SCRATCH] = ["--variant", options.variant, "--num_train_epochs", epochs]
+    for name in (name for name in runs if name not in done):
         folder = work / re.sub(r"\W", "_", name)
         length = [] if options.epochs is None else ["--num_train_epochs", options.epochs]
-        _, seconds = call("train.py", *given, *chosen, *length, "--output_dir", folder)
+        _, seconds = call("train.py", *given, *runs[name], *length, "--output_dir", folder)
         yield name, read_metrics(folder)[-1]["top1"], seconds
 
 
@@ -126,17 +137,23 @@ def main():
     dataset, runs = load_dataset(options.dataset), []
     settings = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "dataset", "output")}
     names = {name: Path(getattr(options, name)).name for name in ("checkpoint", "dataset")}
-    report = {**machine(), **names, "options": settings, "runs": runs}
+    report, path = {**machine(), **names, "options": settings, "runs": runs}, RESULTS / f"{options.output}.json"
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if {**earlier, "runs": runs} != report:
+            parser.error(f"{path} has other options, versions or another machine: use another --output")
+        runs += earlier["runs"]
     for per_class, seed in itertools.product(options.images_per_class, range(options.seeds)):
         with tempfile.TemporaryDirectory() as work:
             data = Path(work) / "data"
             data.mkdir()
             write_subset(dataset, data, per_class, options.test_images, seed)
-            for name, accuracy, seconds in measure(options, data, seed, Path(work)):
+            done = {run["method"] for run in runs if (run["images_per_class"], run["seed"]) == (per_class, seed)}
+            for name, accuracy, seconds in measure(options, data, seed, Path(work), done):
                 facts = {"images_per_class": per_class, "method": name, "seed": seed, "accuracy": accuracy}
                 runs.append(facts | {"seconds": round(seconds, 1)})
-                write_report(report, RESULTS / f"{options.output}.json")
-    (RESULTS / f"{options.output}.md").write_text(f"{describe(report)}\n\n{table(runs)}", encoding="utf-8")
+                write_report(report, path)
+    path.with_suffix(".md").write_text(f"{describe(report)}\n\n{table(runs)}", encoding="utf-8")
     print(table(runs))
 
 

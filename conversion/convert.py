@@ -85,7 +85,7 @@ class Checkpoint:
 def find_weights(source: str) -> tuple[Path | None, list[Path]]:
     """The folder that describes a checkpoint, and its weight files; what is not a path is downloaded from the Hub.
 
-    For a weight file without a standard name there is no folder: the files beside it may belong to another checkpoint.
+    A weight file without a standard name has no folder: the files beside it may belong to another checkpoint.
     """
     path = Path(source)
     if path.is_file():

@@ -80,7 +80,7 @@ class TrainConfig:
         "auto",
         ("auto", "fit"),
         "fit: show the whole image, padded in black to the model's size, in training and evaluation; auto: crop it, or "
-        "change its proportions",
+        "change its proportions, unless the checkpoint was trained with fit",
     )
     crop_pct: float | None = option(
         "data",

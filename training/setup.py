@@ -14,7 +14,7 @@ from ..data.dataloader import MapStyleSplit, find_bit_depth, fits_in_cache, have
 from ..data.decoding import Decoder
 from ..data.labels import REGRESSION, SINGLE, Labels
 from ..data.loading import ImageData, load_image_data
-from ..data.processors import open_processor, padding_fields, stock_processor
+from ..data.processors import open_processor, padding_fields, pads, stock_processor
 from ..data.streaming import StreamingSplit
 from ..files import UserError, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
@@ -45,11 +45,20 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> tuple[TrainCon
     data = load_data(config, accelerator)
     if not config.eval_only:
         if base is not None:
+            config = with_resize_of(base, config)
             config = with_fine_tuning_defaults(config, data, base.config.hidden_size, accelerator.num_processes)
         config = fit_to_size(config, data, accelerator.num_processes)
     for line in data.report:
         accelerator.print(terminal_text(line))
     return config, data, base
+
+
+def with_resize_of(base: Checkpoint, config: TrainConfig) -> TrainConfig:
+    """The options, with --resize fit if the checkpoint pads its images and no option asks for crops."""
+    asks_for_crops = config.random_resized_crop or config.crop_pct is not None
+    if asks_for_crops or not pads(open_processor(base.processor)):
+        return config
+    return replace(config, resize="fit")
 
 
 def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from vit_simple.files import UserError
 from vit_simple.training.base import open_base
 from vit_simple.training.config import TrainConfig, parse_config
 from vit_simple.training.devices import build_loader_context
-from vit_simple.training.setup import build_model, build_model_config, default_crop_area, processor_content
+from vit_simple.training.setup import (
+    build_model,
+    build_model_config,
+    default_crop_area,
+    processor_content,
+    with_resize_of,
+)
 
 NAMES = ["a", "b", "c"]
 
@@ -165,6 +172,18 @@ def test_resize_fit_pads_and_never_crops(checkpoint):
     for name in ("random_resized_crop", "crop_pct"):
         with pytest.raises(UserError, match="nothing is cropped"):
             TrainConfig(resize="fit", **{name: 0.5})
+
+
+def test_fine_tuning_pads_images_if_the_checkpoint_does(checkpoint):
+    base = open_base(TrainConfig(model_name_or_path=checkpoint[1]))
+    content = processor_content(TrainConfig(resize="fit"), (24, 24), cropped=False, base=base)
+    for processor, options, expected in (
+        (content, {}, "fit"),
+        (content, {"random_resized_crop": 0.5}, "auto"),
+        (content, {"crop_pct": 0.9}, "auto"),
+        (base.processor, {}, "auto"),
+    ):
+        assert with_resize_of(replace(base, processor=processor), TrainConfig(**options)).resize == expected
 
 
 @pytest.mark.parametrize(
