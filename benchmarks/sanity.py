@@ -70,7 +70,7 @@ def main():
             others = explanations(randomized(model, way, seed))
             for name, of in MAPS.items():
                 mean = statistics.mean(rank_correlation(of(a), of(b)) for a, b in zip(trained, others))
-                found[name].setdefault(way, []).append(f"{mean:.2f}")
+                found[name].setdefault(way, []).append(f"{round(mean, 2) + 0:.2f}")
     print("| map | newly drawn | random order |\n|---|---|---|")
     for name, ways in found.items():
         print(f"| {name} | {' | '.join(', '.join(values) for values in ways.values())} |")

@@ -68,11 +68,10 @@ def before_and_after(calibration: dict[str, dict[str, float]]) -> str:
 
 def thresholds_text(thresholds: dict[str, float]) -> str:
     """A table of the classes' thresholds, if they are few."""
-    text = "A class is predicted with the highest F1 on the validation images if its probability reaches a threshold"
+    text = "Each class has its own threshold for the probability, the one with the highest F1 on the validation images"
     if len(thresholds) > MANY_CLASSES:
-        return (
-            f"{text}; provenance.json has them, from {min(thresholds.values()):.3g} to {max(thresholds.values()):.3g}."
-        )
+        lowest, highest = min(thresholds.values()), max(thresholds.values())
+        return f"{text}. provenance.json has them, from {lowest:.3g} to {highest:.3g}."
     rows = [[markdown(name), f"{threshold:.3f}"] for name, threshold in thresholds.items()]
     return f"{text}:\n\n{table([['class', 'threshold'], ['---'] * 2, *rows])}"
 

@@ -58,7 +58,9 @@ def with_resize_of(base: Checkpoint, config: TrainConfig) -> TrainConfig:
     asks_for_crops = config.random_resized_crop or config.crop_pct is not None
     if asks_for_crops or not pads(open_processor(base.processor)):
         return config
-    return replace(config, resize="fit")
+    padding = replace(config, resize="fit")
+    padding.undecided = config.undecided
+    return padding
 
 
 def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:

@@ -178,12 +178,14 @@ def test_fine_tuning_pads_images_if_the_checkpoint_does(checkpoint):
     base = open_base(TrainConfig(model_name_or_path=checkpoint[1]))
     content = processor_content(TrainConfig(resize="fit"), (24, 24), cropped=False, base=base)
     for processor, options, expected in (
-        (content, {}, "fit"),
-        (content, {"random_resized_crop": 0.5}, "auto"),
-        (content, {"crop_pct": 0.9}, "auto"),
-        (base.processor, {}, "auto"),
+        (content, [], "fit"),
+        (content, ["--random_resized_crop", "0.5"], "auto"),
+        (content, ["--crop_pct", "0.9"], "auto"),
+        (base.processor, [], "auto"),
     ):
-        assert with_resize_of(replace(base, processor=processor), TrainConfig(**options)).resize == expected
+        config = parse_config(["--model_name_or_path", checkpoint[1], *options])
+        changed = with_resize_of(replace(base, processor=processor), config)
+        assert changed.resize == expected and changed.undecided == config.undecided
 
 
 @pytest.mark.parametrize(
