@@ -1,11 +1,15 @@
-"""What `datasets` leaves out of a folder of images, and why it finds no classes in one."""
+"""What `datasets` makes of a folder of images: what it leaves out, its splits and classes, and why it finds none."""
 
 import os
+import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
+from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from ..files import UserError
 
 IMAGES = frozenset(ImageFolder.EXTENSIONS)
 # Files that lie beside images: texts, tables, archives (which are read) and what an operating system leaves.
@@ -16,6 +20,8 @@ OTHERS = frozenset(
         *("parquet", "arrow", "tar", "zip", "gz", "tgz", "bz2", "xz", "7z", "rar", "db", "ini", "lnk", "url", "pkl"),
     )
 )
+SPLITS = [keyword for keywords in SPLIT_KEYWORDS.values() for keyword in keywords]
+SPLIT_NAME = re.compile(f"(.*[{NON_WORDS_CHARS}])?({'|'.join(SPLITS)})([{NON_WORDS_CHARS}].*)?")
 
 
 def is_hidden(name: str) -> bool:
@@ -31,6 +37,61 @@ def files_in(folder: Path, hidden: bool = False) -> list[PurePosixPath]:
         if hidden == any(map(is_hidden, relative.parts)):
             found += [relative / name for name in sorted(names) if not is_hidden(name)]
     return found
+
+
+def folder_notes(folder: Path, sizes: dict[str, int]) -> list[str]:
+    """What the user should know of how a folder of images was read, a line for each matter.
+
+    Args:
+        sizes: the number of rows of each split; 0 if it is not known.
+
+    Raises:
+        UserError: there is no other split than train, but a folder with the name of a split in capitals.
+    """
+    files = files_in(folder)
+    images = [file for file in files if file.suffix.lower() in IMAGES and "\n" not in str(file.parent)]
+    capitals = sorted({file.parts[0] for file in images if len(file.parts) > 2 and file.parts[0].lower() in SPLITS})
+    capitals = [name for name in capitals if name not in SPLITS]
+    if capitals and sizes.keys() == {"train"}:
+        names = ", ".join(f"{name!r} to {name.lower()!r}" for name in capitals)
+        raise UserError(f"--dataset_name: splits need lower-case names; rename the folder {names}")
+    notes = [left_out_of_dataset(folder), folders_without_images(folder, images), nested_classes(images)]
+    has_table = any(file.name in FolderBasedBuilder.METADATA_FILENAMES for file in files)
+    if 0 < (rows := sum(sizes.values())) < len(images):
+        why = "the metadata file does not name" if has_table else "are in no folder of a split, or broken links"
+        notes.append(f"left out {len(images) - rows} of {len(images)} images, which {why}")
+    by_name = [file for file in images if SPLIT_NAME.fullmatch(file.stem)]
+    folders = {part for file in images for part in file.parts[:-1]}
+    if len(sizes) > 1 and by_name and not any(map(SPLIT_NAME.fullmatch, folders)):
+        notes.append(f"the names of the files decide their splits, such as {by_name[0]}")
+    return [note for note in notes if note]
+
+
+def folders_without_images(folder: Path, images: list[PurePosixPath]) -> str | None:
+    """A line about the folders beside those of the classes that contain no image."""
+    filled = {parent for file in images for parent in file.parents}
+    beside = {path.parent for path in {file.parent for file in images} if path.parts}
+    found = [
+        path / entry.name
+        for path in sorted(beside)
+        for entry in sorted(os.scandir(folder / path), key=lambda entry: entry.name)
+        if entry.is_dir() and not is_hidden(entry.name) and "\n" not in entry.name and path / entry.name not in filled
+    ]
+    return f"without images, and so no classes: {', '.join(map(str, found[:5]))}" if found else None
+
+
+def nested_classes(images: list[PurePosixPath]) -> str | None:
+    """A line about folders between those of the splits and those of the classes, if there are several."""
+    above = {}
+    for file in images:
+        above.setdefault(tuple(part for part in file.parent.parent.parts if not SPLIT_NAME.fullmatch(part)), file)
+    if len(above) < 2:
+        return None
+    *_, file = above.values()
+    return (
+        f"the innermost folder is the class, such as {file.parent.name!r} of {file}: the names of the folders above it "
+        "are not used"
+    )
 
 
 def left_out_of_dataset(folder: Path) -> str | None:
@@ -80,8 +141,10 @@ def why_no_classes(folder: Path) -> str | None:
             f"as {others[0]}: move them into the folders of their classes, or out of the dataset's folder"
         )
     split = example.parts[0].lower()
-    if usual == 1 or (usual == 2 and split in ("train", "training", "images", "data")):
+    if usual == 1 or (usual == 2 and len(classes) == 1 and split in ("train", "training", "images", "data")):
         return f"expected images in one folder for each class, such as train/CLASS/1.jpg, got {example}"
+    if usual == 2 and (taken := sorted(classes & set(SPLITS))):
+        return f"expected classes without the name of a split, got {taken[0]!r}: rename this folder"
     if len(classes) == 1:
         (name,) = classes
         return (

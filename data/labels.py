@@ -398,4 +398,9 @@ def label_notes(labels: Labels, feature, train: LabelCounts | None) -> list[str]
         absent = [name for name, count in zip(labels.class_names, labels.class_counts) if count == 0]
         names = ", ".join(map(repr, absent[:5])) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         notes.append(f"no training image has the class {names}: the model cannot learn to predict it")
+    first: dict[str, str] = {}
+    for name in labels.class_names if labels.kind != "number" else []:
+        other = first.setdefault(" ".join(name.split()).casefold(), name)
+        if other != name:
+            notes.append(f"the classes {other!r} and {name!r} differ only in spaces or capitals: are they one class?")
     return notes

@@ -28,7 +28,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from tqdm import tqdm
 
 from ..files import ROOT, UserError
-from .folders import left_out_of_dataset, why_no_classes
+from .folders import folder_notes, left_out_of_dataset, why_no_classes
 from .labels import LabelColumn, LabelCounts, Labels, column_names, find_label_column, label_notes
 from .reading import dataset_sources
 from .splitting import split_rows, subsample
@@ -113,8 +113,8 @@ def load_image_data(
         UserError: the dataset cannot be loaded, lacks a split or column, or has labels that cannot be learned.
     """
     splits, path, report = load_splits(name, config_name, revision, streaming), local_path(name), []
-    if splits["train"].info.builder_name == "imagefolder" and path.is_dir() and (line := left_out_of_dataset(path)):
-        report.append(line)
+    if splits["train"].info.builder_name == "imagefolder" and path.is_dir():
+        report += folder_notes(path, {split: 0 if streaming else len(rows) for split, rows in splits.items()})
     features = splits["train"].features
     image_column, label_column = find_columns(features, image_column, label_column, path)
     splits, shape = select_columns(splits, image_column, label_column)
@@ -205,7 +205,8 @@ def load_splits(
     """
     splits = open_splits(name, config_name, revision, streaming)
     if "train" not in splits:
-        raise UserError(f"--dataset_name: expected a 'train' split in {name!r}, got {', '.join(splits)}")
+        hint = "; a class cannot have the name of a split" if local_path(name).is_dir() else ""
+        raise UserError(f"--dataset_name: expected a 'train' split in {name!r}, got {', '.join(splits)}{hint}")
     return standard_splits(splits)
 
 

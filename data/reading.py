@@ -59,7 +59,7 @@ def read_bytes(value: dict | None, sources: tuple[str, ...]) -> bytes:
         OSError, MemoryError, an error of the HTTP library: reading failed several times.
     """
     if value is None:
-        raise BadImage("there is none")
+        raise BadImage("the image is missing")
     data = value["bytes"]
     if data is None and value["path"]:
         url, file, folder = locate(value["path"], sources)
@@ -71,7 +71,7 @@ def read_bytes(value: dict | None, sources: tuple[str, ...]) -> bytes:
             absent_folders.add(os.path.dirname(file or ""))
             raise BadImage(f"there is no file {value['path']}") from error
     if not data:
-        raise BadImage("there is none" if data is None else "empty")
+        raise BadImage("the image is missing" if data is None else "empty")
     return data
 
 

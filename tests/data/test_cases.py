@@ -136,6 +136,58 @@ def test_files_that_are_not_read_as_images_are_counted_and_named(tmp_path):
         load_image_data(write(tmp_path / "only", "train/cat/a.avif"))
 
 
+@pytest.mark.parametrize(
+    "files, line",
+    [
+        (
+            [*classes("cat/in", "cat/out", "dog/in", "dog/out")],
+            "the innermost folder is the class, such as 'in' of train/dog/in/0.png: the names of the folders above it "
+            "are not used",
+        ),
+        ([*classes("cat", "dog"), "train/fox/"], "without images, and so no classes: train/fox"),
+        (
+            [
+                f"{name}/{name}_{split}_{number}.png"
+                for name in "ab"
+                for split in ("train", "test")
+                for number in range(9)
+            ],
+            "the names of the files decide their splits, such as a/a_test_0.png",
+        ),
+        (
+            [*classes("cat", "dog"), "more/cat/1.png"],
+            "left out 1 of 25 images, which are in no folder of a split, or broken links",
+        ),
+        (
+            [*classes("cat", " Cat")],
+            "the classes ' Cat' and 'cat' differ only in spaces or capitals: are they one class?",
+        ),
+    ],
+)
+def test_folders_that_may_mean_something_else_are_reported(tmp_path, files, line):
+    for name in filter(lambda name: name.endswith("/"), files):
+        (tmp_path / name).mkdir(parents=True)
+    assert line in load_image_data(write(tmp_path, *(name for name in files if not name.endswith("/")))).report
+
+
+def test_splits_and_classes_with_the_names_of_each_other_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"rename the folder 'Test' to 'test', 'Train' to 'train'$"):
+        load_image_data(
+            write(tmp_path / "a", *classes("cat", "dog", split="Train"), *classes("cat", "dog", split="Test"))
+        )
+    with pytest.raises(UserError, match="expected classes without the name of a split, got 'train': rename"):
+        load_image_data(write(tmp_path / "b", "car/1.png", "train/2.png"))
+    with pytest.raises(UserError, match=r"expected a 'train' split in .*, got test; a class cannot have the name of a"):
+        load_image_data(write(tmp_path / "c", "control/1.png", "test/2.png"))
+
+
+def test_images_without_a_row_of_metadata_are_counted(tmp_path):
+    folder = write(tmp_path, *(f"{number}.png" for number in range(24)))
+    rows = "".join(f"{number}.png,{number % 2}\n" for number in range(22))
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + rows)
+    assert "left out 2 of 24 images, which the metadata file does not name" in load_image_data(folder).report
+
+
 def test_classes_whose_folders_are_not_read_are_named(tmp_path):
     folder = write(tmp_path, *classes("cat", "dog", ".a", "__b", "c\nd"), "train/.empty/notes.txt")
     assert load_image_data(folder).report == [

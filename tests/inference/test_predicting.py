@@ -89,8 +89,8 @@ def test_predictions_of_a_dataset_are_those_of_its_files(work, capsys):
     data = datasets.Dataset.from_dict({"picture": ["photos/0.jpg", "photos/1.jpg", None]}, features)
     datasets.DatasetDict({"new": data}).save_to_disk("data")
     found = run("model", "data", "--split", "new", output="data.parquet")
-    assert "row 2: there is none" in capsys.readouterr().out
-    assert [row["row"] for row in found] == [0, 1, 2] and found[2]["error"] == "there is none"
+    assert "row 2: the image is missing" in capsys.readouterr().out
+    assert [row["row"] for row in found] == [0, 1, 2] and found[2]["error"] == "the image is missing"
     for row, expected in zip(found, rows):
         assert (row["label"], str(row["probability"])) == (expected["label"], expected["probability"])
 
