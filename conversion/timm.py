@@ -106,9 +106,10 @@ def from_timm(
     fields |= RESAMPLING[source] | {name: content[name] for name in FIELDS if name in content}
     if not content:
         size, pooling, count = pair(fields["image_size"]), fields["pooling"], tensors["pos_embed"].shape[1]
+        grid = " x ".join(str(side // patch) for side, patch in zip(size, pair(fields["patch_size"])))
         report.append(
-            f"assumed images of {size} pixels, since {count} positions form a square, and pooling {pooling!r}, because "
-            "there is no config.json; docs/conversion.md shows one for another size"
+            f"assumed images of {size} pixels, since {count} positions fit {grid} patches, and pooling {pooling!r}, "
+            "because there is no config.json; docs/conversion.md shows one for another size"
         )
     if source != "timm":
         report.append(f"positions are resampled for other image sizes as in {source}: {joined(RESAMPLING[source])}")

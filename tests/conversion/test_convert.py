@@ -319,8 +319,8 @@ def test_original_deit3_file_is_converted_without_a_config(tmp_path):
     torch.save({"model": {names[name]: tensor for name, tensor in model.state_dict().items()}}, tmp_path / "deit3.pth")
     report = convert(tmp_path / "deit3.pth", tmp_path / "out", family="deit3")
     assert report[1:4] == [
-        "assumed images of (16, 16) pixels, since 16 positions form a square, and pooling 'cls', because there is no "
-        "config.json; docs/conversion.md shows one for another size",
+        "assumed images of (16, 16) pixels, since 16 positions fit 4 x 4 patches, and pooling 'cls', because there is "
+        "no config.json; docs/conversion.md shows one for another size",
         "positions are resampled for other image sizes as in facebookresearch/deit: interpolate_antialias=False, "
         "interpolate_offset=0.0",
         "assumed 3 attention heads, as in published ViTs of width 192",
