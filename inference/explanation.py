@@ -17,7 +17,7 @@ from .attention import grid_of, look, patch_colors, patch_map, relevance, rollou
 from .figures import Box, blend, draw_grid, draw_mosaic, draw_panels, overlay
 from .predicting import Decision
 
-COLUMNS = 4  # of overlays side by side
+COLUMNS = 4  # of overlays side by side; fewer if the image is wide
 MAX_NAME = 60  # characters of a class name in a figure; JSON has all
 
 
@@ -58,7 +58,9 @@ class Explanation:
         image, last, title = ("the image", self.image), self.attention[-1], f"Attention of {self.reader}"
         panels = [image, ("mean of all heads", self.over(last.mean(dim=0)))]
         panels += [(f"head {number}", self.over(head)) for number, head in enumerate(last)]
-        lines = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
+        height, width = self.image.shape[:2]
+        across = max(1, int(COLUMNS / max(1, width / height / 2)))
+        lines = [panels[start : start + across] for start in range(0, len(panels), across)]
         components = blend(self.image, self.colors.numpy(), self.box, strength=0.85)
         rows, columns = self.rollout.shape
         figures = {

@@ -23,7 +23,7 @@ DPI = 150
 PANEL = (400, 1000)  # least and most pixels of the longer side of a panel
 MAX_RATIO = 10  # of the sides of a panel; a longer image is compressed
 CAPTION = 2.2  # least inches for a caption: the panel may be narrower
-LEAST_BAR = 3.0  # inches; in a lower figure, the scale of colors is at the bottom
+LEAST_BAR = 2.5  # inches; in a lower figure, the scale of colors is at the bottom
 MAX_PANELS = 7  # rows and columns of patches whose position is shown
 
 Box = tuple[float, float, float, float]
@@ -162,7 +162,8 @@ def draw_mosaic(maps: torch.Tensor, title: str, labels: tuple[str, str], bar: st
     figure = Figure((mosaic.shape[1] * side + 2, mosaic.shape[0] * side + 1), DPI, layout="constrained")
     figure.suptitle(wrapped(title, figure.get_figwidth()), fontsize=10)
     axis = figure.subplots()
-    shown = axis.imshow(mosaic.numpy(), cmap=COLORS, interpolation="nearest")
+    norm = Normalize(0, 1) if own_range else None
+    shown = axis.imshow(mosaic.numpy(), cmap=COLORS, norm=norm, interpolation="nearest")
     axis.set(xlabel=labels[1], ylabel=labels[0])
     axis.set_xticks(np.arange(m) * (columns + gap) + (columns - 1) / 2, [str(column) for column in range(m)])
     axis.set_yticks(np.arange(n) * (rows + gap) + (rows - 1) / 2, [str(row) for row in range(n)])
