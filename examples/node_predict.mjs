@@ -19,5 +19,9 @@ const model = await AutoModel.from_pretrained(path.basename(folder), { config: a
 
 const { pixelValues, width, height } = preprocess(await RawImage.read(file), read("preprocessor_config.json"));
 const { logits } = await model({ pixel_values: new Tensor("float32", pixelValues, [1, 3, height, width]) });
-const scores = softmax(logits.data), best = scores.indexOf(Math.max(...scores));
+const sigmoid = (logit) => 1 / (1 + Math.exp(-logit));
+const isMultiLabel = config.problem_type === "multi_label_classification" || logits.data.length === 1;
+const ofClasses = isMultiLabel ? Array.from(logits.data, sigmoid) : softmax(logits.data);
+const scores = config.problem_type === "regression" ? [...logits.data] : ofClasses; // numbers, or probabilities
+const best = scores.indexOf(Math.max(...scores));
 console.log(`${path.basename(file)}: ${config.id2label[best]} ${scores[best].toFixed(4)}`);

@@ -33,16 +33,28 @@ def preprocess(image: Image.Image, config: dict) -> np.ndarray:
     return pixels.transpose(2, 0, 1)[None].astype(np.float32)
 
 
+def scores(logits: np.ndarray, problem_type: str | None) -> np.ndarray:
+    """Probabilities, or the numbers that a regression predicts."""
+    if problem_type == "regression":
+        return logits
+    if problem_type == "multi_label_classification" or len(logits) == 1:
+        return 1 / (1 + np.exp(-logits))
+    shares = np.exp(logits - logits.max())
+    return shares / shares.sum()
+
+
 def main():
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: python examples/onnx_predict.py CHECKPOINT IMAGE...")
     folder, *files = sys.argv[1:]
-    names = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["id2label"]
+    model = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     config = json.loads(Path(folder, "preprocessor_config.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(Path(folder, "onnx/model.onnx"))
     for file in files:
         (logits,) = session.run(["logits"], {"pixel_values": preprocess(Image.open(file), config)})
-        scores = np.exp(logits[0] - logits[0].max())
-        best = int(scores.argmax())
-        print(f"{file}: {names[str(best)]} {scores[best] / scores.sum():.4f}")
+        found = scores(logits[0], model.get("problem_type"))
+        best = int(found.argmax())
+        print(f"{file}: {model['id2label'][str(best)]} {found[best]:.4f}")
 
 
 if __name__ == "__main__":
