@@ -6,7 +6,6 @@ image that its patches cover: (left, upper, right, lower) in pixels, beyond the 
 
 import math
 import textwrap
-import unicodedata
 
 import numpy as np
 import torch
@@ -14,6 +13,8 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from transformers import BaseImageProcessor
 
 COLORS = colormaps["viridis"]  # brighter is more, in print and for the color-blind, too
@@ -22,6 +23,7 @@ RANGE = ["lowest", "highest"]  # on a scale of colors
 DPI = 150
 PANEL = (400, 1000)  # least and most pixels of the longer side of a panel
 MAX_RATIO = 10  # of the sides of a panel; a longer image is compressed
+TITLE_SIZE, CAPTION_SIZE = 10, 9  # points
 CAPTION = 2.2  # least inches for a caption: the panel may be narrower
 LEAST_BAR = 2.5  # inches; in a lower figure, the scale of colors is at the bottom
 MAX_PANELS = 7  # rows and columns of patches whose position is shown
@@ -81,11 +83,14 @@ def blend(image: np.ndarray, colors: np.ndarray, box: Box, strength: float = 0.6
     return (255 * mixed).round().astype(np.uint8)
 
 
-def wrapped(text: str, inches: float) -> str:
-    """A text in as many lines as a width needs."""
-    is_wide = any(unicodedata.east_asian_width(character) in "FW" for character in text)
-    characters = max(20, int(13 * inches)) // (2 if is_wide else 1)
-    return "\n".join(textwrap.fill(line, characters) for line in text.split("\n"))
+def wrapped(text: str, inches: float, size: int) -> str:
+    """A text in as many lines as a width needs with the present font in this size, in points."""
+    font = FontProperties(size=size)
+    for characters in range(max(len(text), 1), 0, -1):
+        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, characters)]
+        if all(text_to_path.get_text_width_height_descent(line, font, False)[0] <= 72 * inches for line in lines):
+            break
+    return "\n".join(lines)
 
 
 def draw_panels(
@@ -103,23 +108,23 @@ def draw_panels(
     ratio = min(max(width / height, 1 / MAX_RATIO), MAX_RATIO)
     longest = min(max(max(height, width), PANEL[0]), PANEL[1]) / DPI
     panel_width, panel_height = max(longest * min(ratio, 1), CAPTION), longest / max(ratio, 1)
-    panels = [[(wrapped(caption, panel_width), image) for caption, image in line] for line in panels]
-    text_lines = sum(max(caption.count("\n") for caption, _ in line) for line in panels)
+    fitted = {caption: wrapped(caption, panel_width - 0.1, CAPTION_SIZE) for line in panels for caption, _ in line}
+    more_lines = sum(max(fitted[caption].count("\n") for caption, _ in line) for line in panels)
     columns = max(map(len, panels))
-    inches = columns * (panel_width + 0.1), len(panels) * (panel_height + 0.3) + 0.15 * text_lines
+    inches = columns * (panel_width + 0.1), len(panels) * (panel_height + 0.3) + 0.15 * more_lines
     is_low = inches[1] < LEAST_BAR
     if bar:
-        inches = (inches[0], inches[1] + 0.6) if is_low else (inches[0] + 0.8, inches[1])
-    title = wrapped(title, inches[0])
+        inches = (inches[0], inches[1] + 0.6) if is_low else (inches[0] + 1, inches[1])
+    title = wrapped(title, inches[0] - 0.1, TITLE_SIZE)
     figure = Figure((inches[0], inches[1] + 0.4 + 0.15 * title.count("\n")), DPI, layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=TITLE_SIZE)
     axes = figure.subplots(len(panels), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for row, line in zip(axes, panels):
         for axis, (caption, image) in zip(row, line):
             axis.imshow(image, interpolation="nearest", aspect=width / height / ratio)
-            axis.set_title(caption, fontsize=9)
+            axis.set_title(fitted[caption], fontsize=CAPTION_SIZE)
     if bar:
         place = {"location": "bottom", "aspect": 8 * inches[0]} if is_low else {"aspect": 30}
         scale = figure.colorbar(ScalarMappable(Normalize(0, 1), COLORS), ax=axes, shrink=0.8, label=bar, **place)
@@ -159,8 +164,9 @@ def draw_mosaic(maps: torch.Tensor, title: str, labels: tuple[str, str], bar: st
     cells[..., :rows, :columns] = maps
     mosaic = cells.permute(0, 2, 1, 3).reshape(n * (rows + gap), m * (columns + gap))[:-gap, :-gap]
     side = min(0.9, 12 / max(n, m)) / max(rows, columns)
-    figure = Figure((mosaic.shape[1] * side + 2, mosaic.shape[0] * side + 1), DPI, layout="constrained")
-    figure.suptitle(wrapped(title, figure.get_figwidth()), fontsize=10)
+    inches = max(mosaic.shape[1] * side + 2, 2 * CAPTION), max(mosaic.shape[0] * side + 1, LEAST_BAR)
+    figure = Figure(inches, DPI, layout="constrained")
+    figure.suptitle(wrapped(title, inches[0] - 0.1, TITLE_SIZE), fontsize=TITLE_SIZE)
     axis = figure.subplots()
     norm = Normalize(0, 1) if own_range else None
     shown = axis.imshow(mosaic.numpy(), cmap=COLORS, norm=norm, interpolation="nearest")
