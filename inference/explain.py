@@ -64,7 +64,9 @@ def find_folders(images: list[str], output_dir: Path) -> dict[str, Path]:
     for image in {os.path.abspath(image): image for image in images}.values():
         name = file_name(Path(image).stem)
         if name in POSITIONS:
-            raise UserError(f"{image} needs a folder {name} in --output_dir, where a file gets this name: rename it")
+            raise UserError(
+                f"{image} needs a folder {name} in --output_dir, where a file has this name: rename the image"
+            )
         other = next((other for other, folder in folders.items() if folder.name == name), None)
         if other is not None:
             raise UserError(
