@@ -58,7 +58,7 @@ def find_folders(images: list[str], output_dir: Path) -> dict[str, Path]:
     """The folder of each image file; a file that is given twice is in it once.
 
     Raises:
-        UserError: two images would get the same folder, or a file is in the place of a folder.
+        UserError: two images would get the same folder, or a folder cannot be made because a file has its name.
     """
     folders = {}
     for image in {os.path.abspath(image): image for image in images}.values():
