@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__
 from ..files import RECORD, ROOT, read_json, write_atomically
-from .outgoing import cut_record
+from .outgoing import cut_command, cut_record
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy")
 
@@ -59,7 +59,7 @@ def record(folder: Path, **facts):
     content = read_json(folder / RECORD)
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     content |= {
-        "commands": list(dict.fromkeys([*content.get("commands", []), command])),
+        "commands": list(dict.fromkeys(map(cut_command, [*content.get("commands", []), command]))),
         "hardware": hardware(),
         "versions": versions(),
         "commit": source_commit(),
