@@ -45,8 +45,6 @@ def export_checkpoint(
     Raises:
         UserError: the checkpoint, the dataset or the options cannot be used, or a package is missing.
     """
-    if max_eval_samples < 1:
-        raise UserError(f"--max_eval_samples: expected at least 1, got {max_eval_samples}")
     if to == "onnx":
         require_onnx()
     elif dynamic_size or attentions:
