@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vit_simple.conversion.convert import new_folder, open_checkpoint, write_checkpoint
 from vit_simple.conversion.processors import FAMILIES, INTERPOLATIONS
+from vit_simple.conversion.timm import HIDDEN_ACTS
 from vit_simple.files import command_errors, terminal_text
 from vit_simple.sharing.converted import write_card
 
@@ -32,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     preset = "preprocessing to use when the checkpoint has no image processor; docs/conversion.md explains the values"
     parser.add_argument("--family", choices=FAMILIES, help=preset)
     parser.add_argument("--num_attention_heads", type=int, help="number of attention heads, if there is no config.json")
-    parser.add_argument("--hidden_act", help="activation of a CLIP file without config.json: gelu or quick_gelu")
+    act = "activation of a file whose config.json does not state it (default: gelu; CLIP has gelu or quick_gelu)"
+    parser.add_argument("--hidden_act", choices=HIDDEN_ACTS, help=act)
     parser.add_argument("--key", help="which model of a file with several: an entry, such as state_dict_ema or student")
     own = "preprocessing of a training of your own, instead of --family or the checkpoint's: "
     for name in ("image_mean", "image_std"):

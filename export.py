@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None):
     with command_errors("export.py"):
         if dataset["name"] is None and any(dataset.values()):
             raise UserError("--dataset_config_name and the column names need --dataset_name")
+        if options["max_eval_samples"] < 1:
+            raise UserError(f"--max_eval_samples: expected at least 1, got {options['max_eval_samples']}")
         exports = export(**options, dataset=dataset if dataset["name"] else None)
         saved = f"saved in {Path(options['checkpoint'], options['to'])}"
         print("\n".join(map(terminal_text, [*report(exports), saved])))

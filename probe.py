@@ -19,7 +19,7 @@ from vit_simple import ViTSimpleForImageClassification
 from vit_simple.configuration_vit_simple import pair
 from vit_simple.conversion.convert import Checkpoint
 from vit_simple.data.loading import ImageData
-from vit_simple.files import PREPROCESSOR, UserError, command_errors, write_atomically
+from vit_simple.files import PREPROCESSOR, UserError, command_errors, terminal_text, write_atomically
 from vit_simple.inference.features import cached_features, fit_logistic, images_with_class, knn_votes, require_classes
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.card_text import confidence_interval
@@ -32,15 +32,15 @@ from vit_simple.training.config import OPTIONS, TrainConfig, convert, unknown
 from vit_simple.training.devices import build_accelerator
 from vit_simple.training.folder import check_output_dir
 from vit_simple.training.metrics import METRICS_OF, Evaluation
-from vit_simple.training.report import print_image_notes, print_saved
+from vit_simple.training.report import print_image_notes, print_saved, print_setup
 from vit_simple.training.setup import build_model, build_splits, load_data
 
 OF_TRAINING = (  # options that mean the same as in train.py
     *("dataset_name", "dataset_config_name", "dataset_revision", "image_column_name", "label_column_name"),
-    *("max_train_samples", "max_eval_samples", "image_size", "conversion", "dataloader_num_workers", "on_bad_image"),
-    *("seed", "license"),
+    *("problem_type", "on_missing_label", "train_val_split", "max_train_samples", "max_eval_samples", "image_size"),
+    *("conversion", "dataloader_num_workers", "on_bad_image", "bit_depth", "seed", "license"),
 )
-HELD_OUT = 0.2  # fraction of the training images to evaluate on, if there is no other split
+HELP = {"train_val_split": "fraction of train held out if there is no other split (default: 0.2)"}  # not as in train.py
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,10 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, file or Hub id, as in train.py")
     for name in OF_TRAINING:
-        text = OPTIONS[name].metadata["help"].partition("; without it")[0].replace("%", "%%")
-        parser.add_argument(
-            f"--{name}", metavar=name.split("_")[-1].upper(), required=name == "dataset_name", help=text
-        )
+        allowed, text = OPTIONS[name].metadata["allowed"], HELP.get(name, OPTIONS[name].metadata["help"])
+        text = text.partition("; without it")[0].replace("%", "%%")
+        metavar = "|".join(allowed) if isinstance(allowed, tuple) else name.split("_")[-1].upper()
+        parser.add_argument(f"--{name}", metavar=metavar, required=name == "dataset_name", help=text)
     parser.add_argument("--output_dir", metavar="FOLDER", help="new folder for the checkpoint with the new head")
     return parser
 
@@ -68,16 +68,13 @@ def parse(arguments: list[str]) -> TrainConfig:
         if name in OPTIONS:
             raise UserError(f"--{name} is an option of train.py: probe.py reads each image once and trains no weights")
         raise unknown(others[0], "command line", (*OF_TRAINING, "output_dir"))
-    given = {
+    given = {"train_val_split": 0.2} | {
         name: convert(name, value) for name, value in vars(options).items() if name in OPTIONS and value is not None
     }
-    fixed = {
-        "random_resized_crop": 0.0,
-        "cache_images": "off",
-        "train_val_split": 0.0,
-        "per_device_train_batch_size": 1,
-    }
+    fixed = {"random_resized_crop": 0.0, "cache_images": "off", "per_device_train_batch_size": 1}
     config = TrainConfig(model_name_or_path=options.checkpoint, **fixed, **given)
+    if not config.train_val_split:
+        raise UserError("--train_val_split: expected a fraction above 0, since probe.py needs images to evaluate on")
     if config.output_dir is not None:
         check_output_dir(config)
         if Path(config.output_dir).exists() and any(Path(config.output_dir).iterdir()):
@@ -87,9 +84,10 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 def load(config: TrainConfig, accelerator: Accelerator) -> ImageData:
     """The dataset; a part of the training images is held out if there is no other split."""
+    fraction, config.train_val_split = config.train_val_split, 0.0
     data = load_data(config, accelerator)
     if len(data.splits) == 1:
-        config.train_val_split = HELD_OUT
+        config.train_val_split = fraction
         data = load_data(config, accelerator)
     require_classes(data.labels, "probe.py")
     return data
@@ -129,15 +127,18 @@ def main(arguments: list[str] | None = None):
     config = parse(sys.argv[1:] if arguments is None else arguments)
     accelerator, start = build_accelerator(config), time.perf_counter()
     base, data = open_base(config), load(config, accelerator)
+    for line in data.report:
+        print(terminal_text(line))
     model = build_model(config, data.labels, data.channels, base)
     splits, processor = build_splits(config, data, pair(model.config.image_size), accelerator, base)
+    print_setup(accelerator, splits, model, config.dataset_name, base)
     held_out = next(name for name in ("test", "validation") if name in splits)
     train, (features, classes) = (
         images_with_class(*cached_features(model, splits[name])) for name in ("train", held_out)
     )
     num_classes, (count, width) = len(data.labels.class_names), train[0].shape
     print(f"{count} train and {len(features)} {held_out} images: {width} features each")
-    for k in (10, 20):
+    for k in sorted({min(k, count) for k in (10, 20)}):
         correct = (knn_votes(train, features, num_classes, k).argmax(-1) == classes).sum().item()
         print(sentence(f"k-NN, k = {k}", correct, len(classes), held_out))
     head, strength = fit_logistic(*train, num_classes)

@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None):
         images = total_steps * batch_size * accumulation * accelerator.num_processes
         found = on_main_process(accelerator, functools.partial(quick_probe, raw_model, splits, images))
         if is_main and found is not None:
-            record(folder, probe=print_probe(*found))
+            record(folder, probe=print_probe(*found, splits["validation"].size))
     log = functools.partial(log_metrics, accelerator, folder, steps_per_epoch)
     advice = functools.partial(how_to_resume, folder)
     background_push = BackgroundPush(config, folder)

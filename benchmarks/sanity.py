@@ -4,7 +4,7 @@
 
 compares the maps of a checkpoint with those of copies whose blocks have random weights, on the first 50 test images of
 the packaged digits, and prints the mean rank correlation of each of three copies. A good map is below 0.5. Weights are
-drawn anew, as before training, or are the trained ones in random order. The last line compares the relevance for an
+drawn again, as before training, or are the trained ones in random order. The last line compares the relevance for an
 image's label with that for the next label, in the trained model.
 """
 

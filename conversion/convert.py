@@ -48,10 +48,7 @@ from .unwrap import unwrap
 
 DESCRIPTION = ("config.json", PREPROCESSOR, "processor_config.json", "README.md")
 PICKLES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
-NO_PROCESSOR = (
-    "the checkpoint has no image processor: give --base_model, to take the image processor of that model; "
-    f"or --family, one of {', '.join(FAMILIES)}; or --image_mean and --image_std"
-)
+OTHER_PROCESSOR = f"or --family, one of {', '.join(FAMILIES)}; or --image_mean and --image_std"
 OPTIONS = {  # of `open_checkpoint`
     **{name: str | None for name in ("family", "hidden_act", "base_model", "key", "interpolation")},
     **{name: list[float] | None for name in ("image_mean", "image_std")},
@@ -111,8 +108,10 @@ def download(repo_id: str) -> Path:
         folder = Path(snapshot_download(repo_id, allow_patterns=[*DESCRIPTION, *SAFETENSORS]))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(repo_id, allow_patterns=[*DESCRIPTION, *PICKLES]))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"SOURCE: expected a file, a folder or a Hub repository, got {repo_id}: {error}") from error
+    except HFValidationError as error:
+        raise UserError(f"SOURCE: there is no file, folder or Hub repository {repo_id}") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"SOURCE: no file or folder {repo_id}, and no Hub repository to read: {error}") from error
     except OSError as error:
         raise OSError(f"SOURCE: no file or folder {repo_id}, and it cannot be downloaded: {error}") from error
     return folder
@@ -156,7 +155,7 @@ def open_checkpoint(
     preprocessing = {name: value for name, value in preprocessing.items() if value is not None}
     is_clip = "norm_pre.weight" in tensors or str(model_type).startswith("clip")
     make_processor = choose_processor(folder, content, family, preprocessing, is_clip, metadata, report)
-    missing = [] if make_processor else [NO_PROCESSOR]
+    missing = [] if make_processor else [no_processor(base_model)]
 
     if model_type is None:
         is_pickle, has_registers = files[0].suffix != ".safetensors", "register_tokens" in tensors
@@ -250,6 +249,15 @@ def choose_processor(
         report.append(f"assumed the image processor of {family}, because the checkpoint has none")
         return partial(family_processor, family)
     return None
+
+
+def no_processor(base_model: str | None) -> str:
+    """What to do if nothing says how images are preprocessed."""
+    if base_model is None:
+        advice = "give --base_model, to take the image processor of that model"
+    else:
+        advice = f"--base_model {base_model} has none either or cannot be reached; give another one"
+    return f"the checkpoint has no image processor: {advice}; {OTHER_PROCESSOR}"
 
 
 def stored_processor(folder: Path | None, base_model: Any, report: list[str]) -> dict:

@@ -119,6 +119,8 @@ def override_processor(content: dict, options: dict) -> dict:
                 raise UserError(
                     f"--{name}: expected {len(content[name])} numbers, one per channel, got {options[name]}"
                 )
+            if content["do_rescale"]:
+                check_scale(name, options[name])
             content[name] = options[name]
     if "interpolation" in options:
         content["resample"] = PIL.Image.Resampling[options["interpolation"].upper()].value
@@ -130,6 +132,17 @@ def override_processor(content: dict, options: dict) -> dict:
         crop = {"do_center_crop": True, "crop_size": size}
         content |= {"image_processor_type": "BitImageProcessor", "size": edge, **crop}
     return content
+
+
+def check_scale(name: str, values: list[float]):
+    """Raises UserError unless a mean or a standard deviation is for pixels from 0 to 1."""
+    is_std = name == "image_std"
+    if not all(0 <= value <= 1 for value in values) or (is_std and 0 in values):
+        divided = " ".join(f"{value / 255:.4g}" for value in values)
+        raise UserError(
+            f"--{name}: expected numbers in {'(0, 1]' if is_std else '[0, 1]'}, for pixels from 0 to 1, got {values}"
+            + (f"; divided by 255, they are {divided}" if max(values) > 1 else "")
+        )
 
 
 def open_known_processor(content: dict) -> tuple[BaseImageProcessor, str]:

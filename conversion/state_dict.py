@@ -20,6 +20,7 @@ Tensors = dict[str, torch.Tensor]
 KeyMap = dict[str, str | list[str]]  # our key -> theirs, see `their_keys`
 
 MAX_ENTRIES, MAX_DEPTH = 100_000, 4  # tensors in a file of any training, and dictionaries inside of dictionaries
+SAVE = "where the model can be loaded, save its weights alone: torch.save(model.state_dict(), file)"
 
 DROPPED = {  # tensors that only pre-training needs: a pattern of their keys, and what they are
     r"pooler\.|pre_logits\.": "the tanh layer between backbone and head",
@@ -202,13 +203,14 @@ def load_pickle(file: Path) -> Tensors:
         if is_machine_failure(error) and getattr(error, "errno", None) != errno.EINVAL:  # a seek before the beginning
             raise RunError(f"{file} cannot be read: {error}") from error
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it contains {code[1]}, which is not loaded" if code else "it is damaged or not a checkpoint"
+        reason = f"it contains {code[1]}, which is not loaded; {SAVE}" if code else "it is damaged or not a checkpoint"
         raise UserError(f"{file}: expected a file of tensors: {reason}") from error
     tensors: Tensors = dict(islice(flatten(loaded), MAX_ENTRIES + 1))
-    if not 0 < len(tensors) <= MAX_ENTRIES:
-        raise UserError(
-            f"{file}: expected names and tensors, got {type(loaded).__name__} with {len(tensors):,} of them"
-        )
+    if not tensors:
+        kind = type(loaded).__name__ + (" without tensors" if isinstance(loaded, Mapping) else "")
+        raise UserError(f"{file}: expected a dictionary of names and tensors, got a {kind}; {SAVE}")
+    if len(tensors) > MAX_ENTRIES:
+        raise UserError(f"{file}: expected at most {MAX_ENTRIES:,} tensors, got more")
     return tensors
 
 

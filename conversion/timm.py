@@ -33,6 +33,7 @@ ACTIVATIONS = {  # timm's name: transformers' name
     **{"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"},
     **{"silu": "silu", "swish": "silu"},
 }
+HIDDEN_ACTS = sorted({*ACTIVATIONS.values()})
 # Arguments of timm's VisionTransformer that are accepted: we read them, the tensors determine them, or they do not
 # affect evaluation. Any other argument may change the outputs and is refused.
 KNOWN_ARGS = """
@@ -104,8 +105,12 @@ def from_timm(
     fields |= fields_from_head(content, tensors, fields)
     fields |= RESAMPLING[source] | {name: content[name] for name in FIELDS if name in content}
     if not content:
-        size, pooling = pair(fields["image_size"]), fields["pooling"]
-        report.append(f"assumed images of {size} pixels and pooling {pooling!r}, because there is no config.json")
+        size, pooling, count = pair(fields["image_size"]), fields["pooling"], tensors["pos_embed"].shape[1]
+        grid = " x ".join(str(side // patch) for side, patch in zip(size, pair(fields["patch_size"])))
+        report.append(
+            f"assumed images of {size} pixels, since {count} positions fit {grid} patches, and pooling {pooling!r}, "
+            "because there is no config.json; docs/conversion.md shows one for another size"
+        )
     if source != "timm":
         report.append(f"positions are resampled for other image sizes as in {source}: {joined(RESAMPLING[source])}")
     heads = num_attention_heads or heads_of(architecture, args, fields["hidden_size"], report, missing)

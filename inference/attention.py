@@ -132,16 +132,20 @@ def patch_colors(patches: torch.Tensor, looked_at: torch.Tensor) -> tuple[torch.
         looked_at: attention to each patch, (N,); the side of the first component with more of it is the foreground.
 
     Returns:
-        Colors in [0, 1], (N, 3), black in the background, and the foreground, (N,).
+        Colors in [0, 1], (N, 3), black in the background, and the foreground, (N,). Without differences between the
+        patches, all are the foreground.
     """
     first = principal_components(patches, 1)[:, 0]
     foreground = first > 0
     if looked_at[foreground].mean() < looked_at[~foreground].mean():
         foreground = ~foreground
+    if not foreground.any():
+        foreground = torch.ones_like(foreground)
     components = principal_components(patches[foreground], 3)
     low, high = components.quantile(torch.tensor([0.01, 0.99], device=patches.device), dim=0)
     colors = torch.zeros(len(patches), 3, device=patches.device)
-    colors[foreground] = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    scaled = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    colors[foreground] = torch.where(high > low, scaled, 0.5)  # gray if all are alike: black is the background
     return colors, foreground
 
 

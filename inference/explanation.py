@@ -11,11 +11,14 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from ..configuration_vit_simple import ViTSimpleConfig
+from ..data.labels import MULTI, REGRESSION
 from ..files import UserError
 from .attention import grid_of, look, patch_colors, patch_map, relevance, rollout
 from .figures import Box, blend, draw_grid, draw_mosaic, draw_panels, overlay
+from .predicting import Decision
 
-COLUMNS = 4  # of overlays side by side
+COLUMNS = 4  # of overlays side by side; fewer if the image is wide
+MAX_NAME = 60  # characters of a class name in a figure; JSON has all
 
 
 @dataclass
@@ -55,7 +58,9 @@ class Explanation:
         image, last, title = ("the image", self.image), self.attention[-1], f"Attention of {self.reader}"
         panels = [image, ("mean of all heads", self.over(last.mean(dim=0)))]
         panels += [(f"head {number}", self.over(head)) for number, head in enumerate(last)]
-        lines = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
+        height, width = self.image.shape[:2]
+        across = max(1, int(COLUMNS / max(1, width / height / 2)))
+        lines = [panels[start : start + across] for start in range(0, len(panels), across)]
         components = blend(self.image, self.colors.numpy(), self.box, strength=0.85)
         rows, columns = self.rollout.shape
         figures = {
@@ -73,10 +78,11 @@ class Explanation:
             ),
         }
         if self.relevance is not None:
-            found = (f"predicted: {names[self.prediction]} ({self.confidence:.3g})", self.image)
+            prediction, label = (shortened(names[number]) for number in (self.prediction, self.label))
+            found = (f"predicted: {prediction} ({self.confidence:.3g})", self.image)
             figures["relevance"] = draw_panels(
-                [[found, (f"relevance for {names[self.label]}", self.over(self.relevance))]],
-                f"Which patches raise the output for {names[self.label]}",
+                [[found, (f"relevance for {label}", self.over(self.relevance))]],
+                f"Which patches raise the output for {label}",
                 "relevance in each map",
             )
         return figures
@@ -88,6 +94,10 @@ class Explanation:
         return {"size": self.image.shape[:2]} | {
             name: rounded(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()
         }
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
 def rounded(values: torch.Tensor) -> list:
@@ -111,11 +121,12 @@ def explain_pixels(
         label: of the relevance; by default, that with the highest logit.
 
     Raises:
-        UserError: the image has no such patch.
+        UserError: the image has no such patch, or the model predicts several numbers.
     """
     config, grid, pixel_values = model.config, grid_of(pixel_values, model.config), pixel_values.to(model.device)
     if patch is not None and not all(0 <= index < side for index, side in zip(patch, grid)):
-        raise UserError(f"--patch: expected a row below {grid[0]} and a column below {grid[1]}, got {tuple(patch)}")
+        sides = f"a row from 0 to {grid[0] - 1} and a column from 0 to {grid[1] - 1}"
+        raise UserError(f"--patch: expected {sides}, got {patch[0]} and {patch[1]}")
     seen = look(model, pixel_values)
     attention = torch.stack([patch_map(weights, config, grid, patch) for weights in seen.attention])
     looked_at = patch_map(seen.attention[-1].mean(dim=0), config, grid).flatten()
@@ -138,7 +149,8 @@ def reader_of(config: ViTSimpleConfig, patch: tuple[int, int] | None = None) -> 
 
 
 def probabilities(logits: torch.Tensor, config: ViTSimpleConfig) -> torch.Tensor:
-    """The probability of each label from logits (K,), or the numbers that a regression predicts."""
-    if config.problem_type == "regression":
+    """The probability of each label from logits (K,), or the number that a regression predicts."""
+    problem = Decision.of(config, {}).problem
+    if problem == REGRESSION:
         return logits
-    return logits.sigmoid() if config.problem_type == "multi_label_classification" else logits.softmax(dim=-1)
+    return logits.sigmoid() if problem == MULTI else logits.softmax(dim=-1)

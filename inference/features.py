@@ -46,7 +46,8 @@ QUERIES = 1024  # images whose neighbors are found at a time
 def require_classes(labels: Labels, program: str):
     """Raises UserError, which begins with `program`, unless each image has one class."""
     if labels.problem_type != SINGLE:
-        raise UserError(f"{program} needs one class for each image, but the labels are {labels.problem_type}")
+        advice = f"; if the numbers are classes, give --problem_type {SINGLE}" if labels.kind == "number" else ""
+        raise UserError(f"{program} needs one class for each image, but the labels are {labels.problem_type}{advice}")
 
 
 # Features

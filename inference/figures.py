@@ -13,6 +13,8 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from transformers import BaseImageProcessor
 
 COLORS = colormaps["viridis"]  # brighter is more, in print and for the color-blind, too
@@ -20,6 +22,10 @@ BRIGHTEST = 0.99  # quantile of a map from which on all is as bright: single pat
 RANGE = ["lowest", "highest"]  # on a scale of colors
 DPI = 150
 PANEL = (400, 1000)  # least and most pixels of the longer side of a panel
+MAX_RATIO = 10  # of the sides of a panel; a longer image is compressed
+TITLE_SIZE, CAPTION_SIZE = 10, 9  # points
+CAPTION = 2.2  # least inches for a caption: the panel may be narrower
+LEAST_BAR = 2.5  # inches; in a lower figure, the scale of colors is at the bottom
 MAX_PANELS = 7  # rows and columns of patches whose position is shown
 
 Box = tuple[float, float, float, float]
@@ -77,30 +83,51 @@ def blend(image: np.ndarray, colors: np.ndarray, box: Box, strength: float = 0.6
     return (255 * mixed).round().astype(np.uint8)
 
 
-def fitted(title: str, figure: Figure) -> str:
-    """A title in as many lines as the width of a figure needs."""
-    return textwrap.fill(title, max(20, int(13 * figure.get_figwidth())))
+def wrapped(text: str, inches: float, size: int) -> str:
+    """A text in as many lines as a width needs with the present font in this size, in points."""
+    font = FontProperties(size=size)
+    for characters in range(max(len(text), 1), 0, -1):
+        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, characters)]
+        if all(text_to_path.get_text_width_height_descent(line, font, False)[0] <= 72 * inches for line in lines):
+            break
+    return "\n".join(lines)
 
 
-def draw_panels(panels: list[list[tuple[str, np.ndarray]]], title: str, bar: str | None = None) -> Figure:
-    """Rows of images (H, W, 3) with captions, and what bright means."""
-    height, width = panels[0][0][1].shape[:2]
+def draw_panels(
+    panels: list[list[tuple[str, np.ndarray]]],
+    title: str,
+    bar: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> Figure:
+    """Rows of images (H, W, 3) with captions, and what bright means.
+
+    Args:
+        size: width and height in pixels of what a panel shows; by default, those of the first image.
+    """
+    width, height = size or panels[0][0][1].shape[1::-1]
+    ratio = min(max(width / height, 1 / MAX_RATIO), MAX_RATIO)
     longest = min(max(max(height, width), PANEL[0]), PANEL[1]) / DPI
-    panel_width, panel_height = longest * width / max(height, width), longest * height / max(height, width)
-    columns, wide = max(map(len, panels)), 0.8 if bar else 0
-    figure = Figure(
-        (columns * (panel_width + 0.1) + wide, len(panels) * (panel_height + 0.3) + 0.4), DPI, layout="constrained"
-    )
-    figure.suptitle(fitted(title, figure), fontsize=10)
+    panel_width, panel_height = max(longest * min(ratio, 1), CAPTION), longest / max(ratio, 1)
+    fitted = {caption: wrapped(caption, panel_width - 0.1, CAPTION_SIZE) for line in panels for caption, _ in line}
+    more_lines = sum(max(fitted[caption].count("\n") for caption, _ in line) for line in panels)
+    columns = max(map(len, panels))
+    inches = columns * (panel_width + 0.1), len(panels) * (panel_height + 0.3) + 0.15 * more_lines
+    is_low = inches[1] < LEAST_BAR
+    if bar:
+        inches = (inches[0], inches[1] + 0.6) if is_low else (inches[0] + 1, inches[1])
+    title = wrapped(title, inches[0] - 0.1, TITLE_SIZE)
+    figure = Figure((inches[0], inches[1] + 0.4 + 0.15 * title.count("\n")), DPI, layout="constrained")
+    figure.suptitle(title, fontsize=TITLE_SIZE)
     axes = figure.subplots(len(panels), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for row, line in zip(axes, panels):
         for axis, (caption, image) in zip(row, line):
-            axis.imshow(image, interpolation="nearest")
-            axis.set_title(caption, fontsize=9)
+            axis.imshow(image, interpolation="nearest", aspect=width / height / ratio)
+            axis.set_title(fitted[caption], fontsize=CAPTION_SIZE)
     if bar:
-        scale = figure.colorbar(ScalarMappable(Normalize(0, 1), COLORS), ax=axes, shrink=0.8, aspect=30, label=bar)
+        place = {"location": "bottom", "aspect": 8 * inches[0]} if is_low else {"aspect": 30}
+        scale = figure.colorbar(ScalarMappable(Normalize(0, 1), COLORS), ax=axes, shrink=0.8, label=bar, **place)
         scale.set_ticks([0, 1], labels=RANGE)
     return figure
 
@@ -111,11 +138,15 @@ def draw_grid(image: np.ndarray, box: Box, grid: tuple[int, int]) -> Figure:
     is_seen = ~np.isnan(spread(np.zeros((*grid, 1)), box, *image.shape[:2]))
     shown = np.where(is_seen, image, blend(image, np.zeros((*grid, 3)), box))
     note = "" if is_seen.all() else "; the model does not see what is gray"
-    figure = draw_panels([[("", shown)]], f"{grid[0]} x {grid[1]} patches{note}")
+    height, width = image.shape[:2]
+    x, y = (min(left, 0), max(right, width)), (min(upper, 0), max(lower, height))
+    size = (x[1] - x[0], y[1] - y[0])
+    figure = draw_panels([[("", shown)]], f"{grid[0]} x {grid[1]} patches{note}", size=size)
     axis = figure.axes[0]
-    for color, width in (("black", 0.8), ("white", 0.4)):  # visible on any image
-        axis.hlines(np.linspace(upper, lower, grid[0] + 1) - 0.5, left - 0.5, right - 0.5, color, linewidth=width)
-        axis.vlines(np.linspace(left, right, grid[1] + 1) - 0.5, upper - 0.5, lower - 0.5, color, linewidth=width)
+    for color, thickness in (("black", 0.8), ("white", 0.4)):  # visible on any image
+        axis.hlines(np.linspace(upper, lower, grid[0] + 1) - 0.5, left - 0.5, right - 0.5, color, linewidth=thickness)
+        axis.vlines(np.linspace(left, right, grid[1] + 1) - 0.5, upper - 0.5, lower - 0.5, color, linewidth=thickness)
+    axis.set(xlim=(x[0] - 0.5, x[1] - 0.5), ylim=(y[1] - 0.5, y[0] - 0.5))
     return figure
 
 
@@ -133,10 +164,12 @@ def draw_mosaic(maps: torch.Tensor, title: str, labels: tuple[str, str], bar: st
     cells[..., :rows, :columns] = maps
     mosaic = cells.permute(0, 2, 1, 3).reshape(n * (rows + gap), m * (columns + gap))[:-gap, :-gap]
     side = min(0.9, 12 / max(n, m)) / max(rows, columns)
-    figure = Figure((mosaic.shape[1] * side + 2, mosaic.shape[0] * side + 1), DPI, layout="constrained")
-    figure.suptitle(fitted(title, figure), fontsize=10)
+    inches = max(mosaic.shape[1] * side + 2, 2 * CAPTION), max(mosaic.shape[0] * side + 1, LEAST_BAR)
+    figure = Figure(inches, DPI, layout="constrained")
+    figure.suptitle(wrapped(title, inches[0] - 0.1, TITLE_SIZE), fontsize=TITLE_SIZE)
     axis = figure.subplots()
-    shown = axis.imshow(mosaic.numpy(), cmap=COLORS, interpolation="nearest")
+    norm = Normalize(0, 1) if own_range else None
+    shown = axis.imshow(mosaic.numpy(), cmap=COLORS, norm=norm, interpolation="nearest")
     axis.set(xlabel=labels[1], ylabel=labels[0])
     axis.set_xticks(np.arange(m) * (columns + gap) + (columns - 1) / 2, [str(column) for column in range(m)])
     axis.set_yticks(np.arange(n) * (rows + gap) + (rows - 1) / 2, [str(row) for row in range(n)])

@@ -28,12 +28,10 @@ class Images:
         count: the largest number of images.
 
     Raises:
-        UserError: the count is below 1, or the dataset cannot be loaded or has other channels than the model.
+        UserError: the dataset cannot be loaded, or has another number of channels than the model.
     """
 
     def __init__(self, dataset: dict, config: ViTSimpleConfig, processor: BaseImageProcessor, count: int):
-        if count < 1:
-            raise UserError(f"--max_eval_samples: expected at least 1, got {count}")
         data = load_image_data(**dataset, validation_fraction=0)
         if data.channels != config.num_channels:
             channels = f"{config.num_channels} channel{'s' if config.num_channels > 1 else ''}"

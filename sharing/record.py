@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__
 from ..files import RECORD, ROOT, read_json, write_atomically
-from .outgoing import cut_command, cut_record
+from .outgoing import cut_record
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy")
 
@@ -59,11 +59,12 @@ def record(folder: Path, **facts):
     content = read_json(folder / RECORD)
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     content |= {
-        "commands": list(dict.fromkeys(map(cut_command, [*content.get("commands", []), command]))),
+        "commands": [*content.get("commands", []), command],
         "hardware": hardware(),
         "versions": versions(),
         "commit": source_commit(),
         **facts,
     }
-    content = {name: value for name, value in content.items() if value is not None or name not in facts}
-    write_atomically(folder / RECORD, json.dumps(cut_record(content), indent=2) + "\n")
+    content = cut_record({name: value for name, value in content.items() if value is not None or name not in facts})
+    content["commands"] = list(dict.fromkeys(content["commands"]))
+    write_atomically(folder / RECORD, json.dumps(content, indent=2) + "\n")

@@ -27,6 +27,8 @@ from vit_simple.train import main
 from vit_simple.training.config import TrainConfig
 from vit_simple.training.setup import processor_content
 
+torch.set_num_threads(1)  # even if torch was imported before this file
+
 settings.register_profile("here", database=None, deadline=None)  # no folder is left, nothing is timed
 settings.load_profile("here")
 

@@ -10,6 +10,7 @@ from tests.conftest import DIGITS
 from vit_simple.files import read_metrics
 from vit_simple.inference import features
 from vit_simple.probe import main
+from vit_simple.training.report import print_probe
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,8 @@ def test_probe_saves_a_checkpoint_that_predicts_what_it_says(run_folder, tmp_pat
         (["--streaming", "true"], "--streaming is an option of train.py"),
         (["--sede", "1"], "'--sede' is not known, did you mean 'seed'?"),
         (["--output_dir", "."], "expected a new or empty folder"),
-        (["--label_column_name", "size"], "probe.py needs one class for each image, but the labels are regression"),
+        (["--label_column_name", "size"], "the labels are regression; .* --problem_type single_label_classification"),
+        (["--train_val_split", "0"], "--train_val_split: expected a fraction above 0"),
     ],
 )
 def test_probe_refuses_what_it_cannot_measure(options, reason, run_folder, tmp_path, monkeypatch):
@@ -57,3 +59,25 @@ def test_probe_holds_out_images_if_there_is_only_one_split(run_folder, tmp_path,
     load_dataset(DIGITS, split="test").to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
     main([str(run_folder), "--dataset_name", str(tmp_path / "data")])
     assert "288 train and 72 validation images" in capsys.readouterr().out
+
+
+def test_probe_reads_floats_as_classes_leaves_out_rows_without_one_and_says_both(run_folder, tmp_path, capsys):
+    rows = {
+        "image": [Image.new("RGB", (8, 8), (20 * n,) * 3) for n in range(12)],
+        "label": [*[0.0, 1.0] * 5, None, None],
+    }
+    Dataset.from_dict(rows).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    options = ["--problem_type", "single_label_classification", "--on_missing_label", "skip"]
+    main([str(run_folder), "--dataset_name", str(tmp_path), *options, "--train_val_split", "0.4"])
+    said = capsys.readouterr().out
+    assert "left out 2 of 12 rows" in said and "6 train and 4 validation images" in said
+    assert f"vit_simple {run_folder.name}: " in said and "head dropped" in said
+    assert re.findall(r"^k-NN, k = (\d+)", said, re.M) == ["6"]
+
+
+def test_quick_probe_says_that_it_looks_at_a_sample(capsys):
+    assert print_probe(0, 6, 144) == 0
+    assert (
+        "gets 0 of 6 validation images (0.0%) right; these 6 are a random sample of the 144" in capsys.readouterr().out
+    )
+    assert print_probe(3, 6, 6) == 0.5 and "sample" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ import torch
 from ..configuration_vit_simple import ViTSimpleConfig, pair
 from ..conversion.convert import OPTIONS, Checkpoint, open_checkpoint
 from ..conversion.processors import FAMILIES, INTERPOLATIONS, fit_processor
+from ..conversion.timm import HIDDEN_ACTS
 from ..data.processors import stock_processor
 from ..files import UserError, check_types
 from ..modeling_vit_simple import ViTSimpleForImageClassification, resize
@@ -24,7 +25,7 @@ def open_base(config: TrainConfig) -> Checkpoint | None:
         if name not in OPTIONS:
             raise unknown(name, "--conversion", list(OPTIONS))
     check_types(options, OPTIONS, "--conversion")
-    for name, values in (("family", FAMILIES), ("interpolation", INTERPOLATIONS)):
+    for name, values in (("family", FAMILIES), ("interpolation", INTERPOLATIONS), ("hidden_act", HIDDEN_ACTS)):
         if options.get(name) not in (None, *values):
             raise UserError(f"--conversion: expected {name} to be one of {', '.join(values)}, got {options[name]}")
     try:
@@ -44,10 +45,13 @@ def load_base_model(base: Checkpoint, config: TrainConfig, channels: int) -> ViT
     Raises:
         UserError: the options do not suit the checkpoint.
     """
-    if base.config.num_channels != channels:
+    if (taken := base.config.num_channels) != channels:
+        reason = ", since image files become RGB" if channels == 3 else ", as in the arrays"
+        images = "image files, which become RGB" if taken == 3 else f"uint8 arrays ({taken}, height, width)"
         raise UserError(
-            f"--model_name_or_path: expected a checkpoint for {channels} channels, got one for "
-            f"{base.config.num_channels}; train from scratch, or store the images as image files, which become RGB"
+            f"--model_name_or_path: expected a checkpoint for {channels} channels{reason}, got one for {taken}; use "
+            f"another checkpoint, change this one to num_channels={channels} (docs/conversion.md shows how), or store "
+            f"the images as {images}"
         )
     stored = change(base.config, drop_path_rate=config.drop_path_rate)
     target = change(stored, image_size=config.image_size)

@@ -71,6 +71,7 @@ def with_fine_tuning_defaults(config: TrainConfig, data: ImageData, width: int, 
     if data.array_shape is not None or config.resize == "fit":
         chosen["random_resized_crop"] = 0.0
     chosen = {name: chosen[name] for name in names}
-    options = " ".join(f"--{name} {value:g}" for name, value in chosen.items())
-    data.report.append(f"defaults for fine-tuning on {data.sizes['train']} images: {options}")
+    unused = "num_train_epochs" if config.max_steps is not None else None
+    if options := " ".join(f"--{name} {value:g}" for name, value in chosen.items() if name != unused):
+        data.report.append(f"defaults for fine-tuning on {data.sizes['train']} images: {options}")
     return replace(config, **chosen)

@@ -129,10 +129,16 @@ def print_saved(accelerator: Accelerator, folder: Path):
     accelerator.print(f"  {terminal_text(code)}")
 
 
-def print_probe(correct: int, count: int) -> float:
-    """Says what a logistic regression on the features of the initial weights gets right; returns it as a fraction."""
+def print_probe(correct: int, count: int, size: int) -> float:
+    """Says what a logistic regression on the features of the initial weights gets right; returns it as a fraction.
+
+    Args:
+        count: of the validation images that it was tried on.
+        size: of the validation split.
+    """
     share = f"{correct} of {count} validation images ({correct / count:.1%})"
-    print(f"before training, a logistic regression on the features of the frozen backbone gets {share} right")
+    sample = f"; these {count} are a random sample of the {size}" if count < size else ""
+    print(f"before training, a logistic regression on the features of the frozen backbone gets {share} right{sample}")
     return correct / count
 
 

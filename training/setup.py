@@ -235,9 +235,11 @@ def fit_head(model: ViTSimpleForImageClassification, labels: Labels, eval_only: 
             "--eval_only: expected a checkpoint with a head for these labels, got one without a head: train it first"
         )
     numbered = class_names == [f"LABEL_{number}" for number in range(len(labels.class_names))]
-    if eval_only and numbered and problem == labels.problem_type == SINGLE:
+    kept = "head kept"
+    if eval_only and numbered and problem == labels.problem_type in (SINGLE, REGRESSION):
         model.config.update(label_fields(labels))
-        return "head kept, whose classes have no names: taken in the order of the dataset's"
+        class_names = labels.class_names
+        kept = "head kept, whose outputs have no names: taken in the order of the dataset's"
     if not has_head or class_names != labels.class_names or problem != labels.problem_type:
         if eval_only:
             raise UserError(
@@ -252,7 +254,7 @@ def fit_head(model: ViTSimpleForImageClassification, labels: Labels, eval_only: 
         with torch.no_grad():  # the inverse of denormalize_head
             model.head.bias.sub_(labels.mean).div_(labels.std)
             model.head.weight.div_(labels.std)
-    return "head kept"
+    return kept
 
 
 def first(names: list[str], limit: int = 20) -> str:

@@ -319,7 +319,8 @@ def test_original_deit3_file_is_converted_without_a_config(tmp_path):
     torch.save({"model": {names[name]: tensor for name, tensor in model.state_dict().items()}}, tmp_path / "deit3.pth")
     report = convert(tmp_path / "deit3.pth", tmp_path / "out", family="deit3")
     assert report[1:4] == [
-        "assumed images of (16, 16) pixels and pooling 'cls', because there is no config.json",
+        "assumed images of (16, 16) pixels, since 16 positions fit 4 x 4 patches, and pooling 'cls', because there is "
+        "no config.json; docs/conversion.md shows one for another size",
         "positions are resampled for other image sizes as in facebookresearch/deit: interpolate_antialias=False, "
         "interpolate_offset=0.0",
         "assumed 3 attention heads, as in published ViTs of width 192",
@@ -518,6 +519,13 @@ def test_convert_command_without_network_ends_with_status_1(tmp_path, capsys):
     assert stop.value.code == 1
 
 
+def test_missing_local_path_is_said_to_be_missing(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "missing.pth"), str(tmp_path / "out")])
+    message = f"SOURCE: there is no file, folder or Hub repository {tmp_path}/missing.pth\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
 @pytest.mark.slow
 def test_hub_repository_is_converted_and_an_unknown_one_is_refused(peer, tmp_path):
     peer("DINOv2")
@@ -534,7 +542,7 @@ main(["no/where", "nothing"])
         command = [sys.executable, "-c", code]
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert not any("other.bin" in request.path for request in hub.log)
-    assert "SOURCE: expected a file, a folder or a Hub repository, got no/where" in result.stderr
+    assert "SOURCE: no file or folder no/where, and no Hub repository to read" in result.stderr
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert_alike(
         outputs(open_folder(tmp_path / "out"), IMAGES[16]), outputs(open_folder(tmp_path / "peer"), IMAGES[16])

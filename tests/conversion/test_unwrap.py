@@ -107,8 +107,15 @@ def test_dictionary_that_contains_itself_is_read_to_an_end(tmp_path):
     with pytest.raises(UserError, match=r"--key is required, because the file has several models: model, again\.model"):
         open_checkpoint(str(tmp_path / "a.pth"), **OPTIONS)
     torch.save({"epoch": 3}, tmp_path / "b.pth")
-    with pytest.raises(UserError, match=r"b.pth: expected names and tensors, got dict with 0 of them"):
+    with pytest.raises(UserError, match=r"b.pth: expected a dictionary of names and tensors, got a dict without"):
         open_checkpoint(str(tmp_path / "b.pth"), **OPTIONS)
+
+
+@pytest.mark.parametrize("content", [tiny(), torch.zeros(3)], ids=["model", "tensor"])
+def test_file_of_something_else_than_a_state_dict_says_how_to_save_one(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth: expected .*torch\.save\(model\.state_dict\(\), file\)"):
+        open_checkpoint(str(tmp_path / "a.pth"), **OPTIONS)
 
 
 def test_everything_that_is_missing_is_named_at_once(tmp_path):
@@ -133,12 +140,28 @@ def test_preprocessing_of_a_training_of_ones_own_is_kept(tmp_path):
         open_checkpoint(str(tmp_path / "a.pth"), **OPTIONS, image_std=[0.5])
 
 
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ({"image_mean": [123, 117, 104]}, r"--image_mean: expected numbers in \[0, 1\].*they are 0.4824 0.4588 0.4078"),
+        ({"image_std": [58, 57, 57]}, r"--image_std: expected numbers in \(0, 1\].*they are 0.2275 0.2235 0.2235"),
+        ({"image_std": [0.5, 0.0, 0.5]}, r"--image_std: expected numbers in \(0, 1\], .*got \[0.5, 0.0, 0.5\]$"),
+    ],
+)
+def test_preprocessing_for_other_pixels_than_from_0_to_1_is_refused(tmp_path, given, reason):
+    torch.save(STATE, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=reason):
+        open_checkpoint(str(tmp_path / "a.pth"), **OPTIONS, **given)
+
+
 def test_checkpoint_of_trainer_takes_the_image_processor_of_its_base_model(tmp_path):
     torch.save(STATE, tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "base", **OPTIONS, image_mean=[0.1, 0.2, 0.3])
     AutoModelForImageClassification.from_pretrained(tmp_path / "base", num_labels=3).save_pretrained(tmp_path / "run")
     with pytest.raises(UserError, match="has no image processor: give --base_model"):
         open_checkpoint(str(tmp_path / "run"))
+    with pytest.raises(UserError, match="--base_model no/where has none either or cannot be reached; give another"):
+        open_checkpoint(str(tmp_path / "run"), base_model="no/where")
     report = convert(tmp_path / "run", tmp_path / "out", base_model=str(tmp_path / "base"))
     assert report[0].startswith("took the image processor of the base model")
     written = json.loads((tmp_path / "out/preprocessor_config.json").read_text())

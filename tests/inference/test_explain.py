@@ -1,9 +1,11 @@
 """Maps of attention and relevance show what the model computes, at the right place of the image."""
 
 import copy
+import itertools
 import json
 
 import datasets
+import matplotlib.text
 import numpy as np
 import PIL.Image
 import pytest
@@ -12,6 +14,7 @@ import torch
 from tests.conftest import DIGITS, processor, tiny
 from vit_simple import ViTSimpleModel, explain
 from vit_simple.data.processors import open_processor, padding_fields, stock_processor
+from vit_simple.files import UserError
 from vit_simple.inference.attention import (
     eager_attention,
     look,
@@ -23,7 +26,7 @@ from vit_simple.inference.attention import (
 )
 from vit_simple.inference.explain import explain_image
 from vit_simple.inference.explanation import explain_pixels
-from vit_simple.inference.figures import box_of, spread
+from vit_simple.inference.figures import box_of, draw_grid, draw_positions, spread
 from vit_simple.inference.opening import open_model
 from vit_simple.train import main
 
@@ -182,6 +185,57 @@ def test_position_similarity_is_the_cosine_of_two_patches(fields):
     assert found[1, 2, 3, 0] == pytest.approx(expected.item(), abs=1e-5) and found[1, 2, 1, 2] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("problem, expected", [(None, torch.sigmoid), ("regression", torch.clone)])
+def test_confidence_of_one_output_is_what_predict_says(problem, expected, pixels):
+    model = tiny(num_labels=1, problem_type=problem)
+    found = explain_pixels(model, pixels[:1], np.zeros((16, 16, 3), np.uint8), (0, 0, 16, 16))
+    assert found.confidence == pytest.approx(expected(look(model, pixels[:1]).logits).item())
+
+
+def test_regression_of_several_outputs_is_refused(pixels):
+    model = tiny(num_labels=3, problem_type="regression")
+    with pytest.raises(UserError, match="got one of 3 numbers"):
+        explain_pixels(model, pixels[:1], np.zeros((16, 16, 3), np.uint8), (0, 0, 16, 16))
+
+
+def test_patches_without_differences_are_the_foreground():
+    for count in (1, 4):
+        colors, foreground = patch_colors(torch.ones(count, 8), torch.full((count,), 0.1))
+        assert foreground.all() and torch.equal(colors, torch.full((count, 3), 0.5))
+
+
+# The figures
+
+
+def text_overlaps(figure) -> list[tuple[str, ...]]:
+    """Pairs of texts that cover each other, and texts that do not fit into the width of the figure."""
+    figure.draw_without_rendering()
+    texts = list(figure.texts)
+    for axis in figure.axes:
+        texts += axis.findobj(matplotlib.text.Text) if axis.axison else [axis.title]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text() and text.get_visible()]
+    pairs = [(a, b) for (a, one), (b, other) in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    return pairs + [(text,) for text, box in boxes if box.x0 < -2 or box.x1 > figure.bbox.x1 + 2]
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (60, 600), (20, 20)])
+def test_texts_of_figures_do_not_overlap(size, pixels):
+    found = explain_pixels(tiny(), pixels[:1], np.zeros((size[1], size[0], 3), np.uint8), (0, 0, *size), label=1)
+    found.prediction = 0
+    figures = found.figures(["W" * 200, "a class with a very long name " * 4, *"cde"])
+    for figure in (*figures.values(), draw_positions(torch.ones(1, 1, 1, 1))):
+        assert text_overlaps(figure) == []
+    assert min(figures["relevance"].axes[0].get_window_extent().size) > 50  # pixels of the image's shorter side
+
+
+def test_grid_of_a_padded_image_shows_all_patches():
+    axis = draw_grid(np.zeros((6, 80, 3), np.uint8), (0, -37, 80, 43), (4, 4)).axes[0]
+    assert axis.get_xlim() == (-0.5, 79.5) and axis.get_ylim() == (42.5, -37.5)
+    axis.figure.draw_without_rendering()
+    extent = axis.get_window_extent()
+    assert extent.width > 300 and extent.width == pytest.approx(extent.height, rel=0.01)
+
+
 # The place
 
 
@@ -270,8 +324,8 @@ def test_explain_writes_figures_and_numbers(checkpoint, tmp_path, capsys):
     "options, message",
     [
         (["--label", "bird"], "--label: expected a label of the model, or its number below 5, got 'bird'"),
-        (["--patch", "4", "0"], "--patch: expected a row below 4 and a column below 4, got (4, 0)"),
-        (["--patch", "0", "-1"], "--patch: expected a row below 4"),
+        (["--patch", "4", "0"], "--patch: expected a row from 0 to 3 and a column from 0 to 3, got 4 and 0"),
+        (["--patch", "0", "-1"], "a column from 0 to 3, got 0 and -1"),
         (["--model", "/dev/null"], "the model /dev/null cannot be read"),
     ],
 )
@@ -283,12 +337,38 @@ def test_explain_refuses_what_it_cannot_show(checkpoint, tmp_path, capsys, optio
     assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_explain_refuses_what_is_no_image_and_two_images_of_one_name(checkpoint, tmp_path, capsys):
-    (tmp_path / "a.png").write_text("text")
-    for images, message in ((["a.png"], "not an image that Pillow knows"), (["a.png", "b/a.jpg"], "different names")):
-        with pytest.raises(SystemExit):
-            explain.main([str(tmp_path / images[0]), *images[1:], "--model", str(checkpoint), "--output_dir", "out"])
-        assert message in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "images, output_dir, message",
+    [
+        (["good.png", "text.png"], "out", "text.png cannot be used: not an image that Pillow knows"),
+        (["good.png", "none.png"], "out", "none.png cannot be read: No such file or directory"),
+        (["good.png", "b/good.jpg"], "out", "good.png and b/good.jpg need the same folder, good in --output_dir"),
+        (["positions.png.png"], "out", "positions.png.png needs a folder positions.png in --output_dir"),
+        (["good.png"], "text.png", "--output_dir: expected a folder, got the file text.png"),
+        (["good.png"], "text.png/out", "--output_dir: expected a folder, got the file text.png"),
+    ],
+)
+def test_explain_writes_nothing_if_an_image_or_its_folder_is_wrong(
+    checkpoint, tmp_path, capsys, monkeypatch, images, output_dir, message
+):
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.new("RGB", (20, 20)).save("good.png")
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(SystemExit) as stop:
+        explain.main([*images, "--model", str(checkpoint), "--output_dir", output_dir])
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_explain_reads_a_file_once_with_the_bit_depth_of_the_checkpoint(checkpoint, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 2**12, (16, 16), np.uint16)
+    PIL.Image.fromarray(pixels).save(tmp_path / "deep.png")
+    PIL.Image.fromarray((pixels >> 4).astype(np.uint8)).save(tmp_path / "same.png")
+    (checkpoint / "provenance.json").write_text('{"dataset": {"bit_depth": 12}}')
+    images = [str(tmp_path / name) for name in ("deep.png", "same.png", "model/../same.png")]
+    explain.main([*images, "--model", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--json"])
+    assert sum(line.endswith("numbers.json") for line in capsys.readouterr().out.splitlines()) == 2
+    deep, same = (json.loads((tmp_path / f"out/{name}/numbers.json").read_text()) for name in ("deep", "same"))
+    assert deep["confidence"] == same["confidence"] and deep["attention"] == same["attention"]
 
 
 def test_explain_of_a_checkpoint_without_a_head_has_no_relevance(checkpoint, tmp_path, capsys):

@@ -66,7 +66,10 @@ def test_run_that_ends_below_the_probe_warns(run_folder, tmp_path, capsys, monke
     options = ["--dataset_name", DIGITS, "--model_name_or_path", str(run_folder), "--max_steps", "50"]
     options += ["--max_train_samples", "200", "--max_eval_samples", "50"]
     main([*options, "--learning_rate", "1", "--output_dir", str(tmp_path / "bad")])
-    assert "warning: the validation accuracy ends at" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: the validation accuracy ends at" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("defaults for fine-tuning on 200 images: ")]
+    assert "--layer_decay" in line and "--num_train_epochs" not in line  # it has no effect beside --max_steps
     monkeypatch.delattr(features, "extract_features")
     main([*options, "--learning_rate", "1", "--probe", "false", "--output_dir", str(tmp_path / "without")])
     assert "logistic" not in capsys.readouterr().out

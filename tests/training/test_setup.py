@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from tests.conftest import classes, data_of, tiny
 from vit_simple import ViTSimpleModel
 from vit_simple.conversion.processors import processor_output, processor_to_timm
+from vit_simple.data.labels import Labels
 from vit_simple.data.processors import open_processor, stock_processor
 from vit_simple.files import UserError
 from vit_simple.training.base import open_base
@@ -18,6 +19,7 @@ from vit_simple.training.setup import (
     build_model,
     build_model_config,
     default_crop_area,
+    denormalize_head,
     processor_content,
     with_resize_of,
 )
@@ -92,6 +94,8 @@ def test_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
         opened(classes(*NAMES), model_name_or_path=path, conversion={"famly": "google"})
     with pytest.raises(UserError, match=r"--conversion: expected family to be one of google, .*, got gogle"):
         opened(classes(*NAMES), model_name_or_path=path, conversion={"family": "gogle"})
+    with pytest.raises(UserError, match=r"--conversion: expected hidden_act to be one of gelu, .*, got swish"):
+        opened(classes(*NAMES), model_name_or_path=path, conversion={"hidden_act": "swish"})
     with pytest.raises(UserError, match=r"--conversion: expected image_mean to be list or nothing, got 0.5"):
         opened(classes(*NAMES), model_name_or_path=path, conversion={"image_mean": 0.5})
     (tmp_path / "checkpoint/preprocessor_config.json").unlink()
@@ -133,6 +137,25 @@ def test_checkpoint_without_class_names_is_evaluated_by_number(tmp_path):
     evaluated = opened(classes(*NAMES), model_name_or_path=str(tmp_path), eval_only=True)
     assert torch.equal(evaluated.head.weight, model.head.weight)
     assert evaluated.config.id2label == dict(enumerate(NAMES))
+
+
+def test_regression_without_a_name_is_evaluated_in_the_unit_of_the_labels(tmp_path):
+    model = tiny(num_labels=1, problem_type="regression")
+    model.save_pretrained(tmp_path)
+    write_processor(tmp_path)
+    labels = Labels("size", "number", ["size"], mean=3.0, std=2.0)
+    evaluated = opened(labels, model_name_or_path=str(tmp_path), eval_only=True)
+    assert evaluated.config.id2label == {0: "size"}
+    weights = denormalize_head(evaluated.state_dict(), labels)
+    assert torch.allclose(weights["head.weight"], model.head.weight)
+    assert torch.allclose(weights["head.bias"], model.head.bias)
+
+
+def test_checkpoint_of_other_channels_says_what_image_files_become(tmp_path):
+    tiny(num_channels=1).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stock_processor((16, 16))))
+    with pytest.raises(UserError, match=r"for 3 channels, since image files become RGB, got one for 1; .*uint8 arrays"):
+        opened(classes(*NAMES), model_name_or_path=str(tmp_path))
 
 
 def test_freeze_backbone_trains_only_the_head(checkpoint):

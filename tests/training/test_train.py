@@ -483,6 +483,7 @@ def test_signal_outside_the_training_loop_is_one_line(monkeypatch, capsys, numbe
         time.sleep(60)
 
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         monkeypatch.setattr(train, "open_inputs", stop)
         with pytest.raises(SystemExit) as end:
@@ -490,6 +491,7 @@ def test_signal_outside_the_training_loop_is_one_line(monkeypatch, capsys, numbe
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
     assert end.value.code == 128 + number
     assert capsys.readouterr().err == f"train.py: stopped by {number.name}\n"
 
