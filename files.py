@@ -14,6 +14,7 @@ import time
 import traceback
 import types
 import typing
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,18 @@ def errors_that_name(path: Path):
 def printable(text: str) -> str:
     """The text in one line: control characters and invisible ones are escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """The text or, if it is wider, its beginning with an ellipsis; a Chinese or Japanese character counts as two."""
+    if text_width(text) <= width:
+        return text
+    end = max((end for end in range(len(text)) if text_width(text[:end]) < width), default=0)
+    return f"{text[:end].rstrip()}…"
+
+
+def text_width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def terminal_text(text: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vit_simple.files import UserError, command_errors, terminal_text
 from vit_simple.inference.images import find_images, find_rows
-from vit_simple.inference.predicting import Predictions, open_predictor, summary
+from vit_simple.inference.predicting import Predictions, open_predictor, require_usable, summary
 from vit_simple.inference.tables import check_output
 
 
@@ -49,8 +49,11 @@ def main(argv: list[str] | None = None):
         for line in [*images.report, *predictions.report]:
             print(terminal_text(line))
     with command_errors("predict.py", lambda: "the same command continues"):
-        for line in summary(predictions.run(), options.output):
+        table = predictions.run()
+    with command_errors("predict.py"):
+        for line in summary(table, options.output):
             print(terminal_text(line))
+        require_usable(table)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None):
         model = accelerator.prepare(raw_model)
         results = evaluate_splits(model, splits, *eval_options)
         print_results(accelerator, "evaluation", results, data.labels.class_names)
-        print_confidence(accelerator, results)
+        print_confidence(accelerator, results, config.model_name_or_path)
         print_image_notes(accelerator, splits)
         return end_together(accelerator)
     is_main, dataset = accelerator.is_main_process, (config.dataset_name, config.dataset_config_name)

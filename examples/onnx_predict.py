@@ -4,11 +4,11 @@
     python examples/onnx_predict.py outputs/digits image.png
 
 The steps are those of preprocessor_config.json, for every checkpoint of vit_simple that takes RGB images
-and was not trained with --resize fit.
+and was not trained with --resize fit. A regression prints its numbers instead of a probability.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,28 +33,32 @@ def preprocess(image: Image.Image, config: dict) -> np.ndarray:
     return pixels.transpose(2, 0, 1)[None].astype(np.float32)
 
 
-def scores(logits: np.ndarray, problem_type: str | None) -> np.ndarray:
-    """Probabilities, or the numbers that a regression predicts."""
+def probabilities(logits: np.ndarray, problem_type: str | None) -> np.ndarray:
+    """What a pipeline makes of the logits (K,); the numbers of a regression stay as they are."""
     if problem_type == "regression":
         return logits
     if problem_type == "multi_label_classification" or len(logits) == 1:
         return 1 / (1 + np.exp(-logits))
-    shares = np.exp(logits - logits.max())
-    return shares / shares.sum()
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
 
 
 def main():
-    if len(sys.argv) < 3:
-        raise SystemExit("usage: python examples/onnx_predict.py CHECKPOINT IMAGE...")
-    folder, *files = sys.argv[1:]
-    model = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    config = json.loads(Path(folder, "preprocessor_config.json").read_text(encoding="utf-8"))
-    session = onnxruntime.InferenceSession(Path(folder, "onnx/model.onnx"))
-    for file in files:
-        (logits,) = session.run(["logits"], {"pixel_values": preprocess(Image.open(file), config)})
-        found = scores(logits[0], model.get("problem_type"))
-        best = int(found.argmax())
-        print(f"{file}: {model['id2label'][str(best)]} {found[best]:.4f}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="checkpoint with the file onnx/model.onnx")
+    parser.add_argument("images", nargs="+")
+    options = parser.parse_args()
+    read = lambda name: json.loads(Path(options.folder, name).read_text(encoding="utf-8"))  # noqa: E731
+    try:
+        config, processor = read("config.json"), read("preprocessor_config.json")
+        session = onnxruntime.InferenceSession(Path(options.folder, "onnx/model.onnx").read_bytes())
+        for file in options.images:
+            (logits,) = session.run(["logits"], {"pixel_values": preprocess(Image.open(file), processor)})
+            scores, names = probabilities(logits[0], config.get("problem_type")), config["id2label"]
+            shown = range(len(scores)) if config.get("problem_type") == "regression" else [scores.argmax()]
+            print(f"{file}: {', '.join(f'{names[str(label)]} {scores[label]:.4f}' for label in shown)}")
+    except OSError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

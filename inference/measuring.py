@@ -34,9 +34,11 @@ class Images:
     def __init__(self, dataset: dict, config: ViTSimpleConfig, processor: BaseImageProcessor, count: int):
         data = load_image_data(**dataset, validation_fraction=0)
         if data.channels != config.num_channels:
+            channels = f"{config.num_channels} channel{'s' if config.num_channels > 1 else ''}"
+            default = ", the default because no dataset on the Hub is recorded: give --dataset_name"
             raise UserError(
-                f"--dataset_name: expected images of {config.num_channels} channels for this model, "
-                f"got {data.channels} in {dataset['name']}"
+                f"--dataset_name: expected images of {channels} for this model, "
+                f"got {data.channels} in {dataset['name']}{default if dataset == PACKAGED else ''}"
             )
         self.name = dataset["name"]
         self.split = next(split for split in ("test", "validation", "train") if split in data.splits)

@@ -269,5 +269,12 @@ def summary(table: pa.Table, output: Path) -> list[str]:
         place = line["path"] or f"row {line['row']}"  # not every dataset has paths
         lines.append(f"{place}: {line['error']}")
     more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-    found = f"{len(table)} images, of which {len(bad)} cannot be used" if lines else f"{len(table)} images"
+    images = f"{len(table)} image{'' if len(table) == 1 else 's'}"
+    found = f"{images}, of which {len(bad)} cannot be used" if lines else images
     return [*lines, *more, f"{found}: {output}"]
+
+
+def require_usable(table: pa.Table):
+    """Raises RunError if no image can be used."""
+    if table["error"].null_count == 0:
+        raise RunError("none of the images can be used; the column error of the table says why")

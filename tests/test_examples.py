@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -123,16 +125,53 @@ def assert_scores(found: list, expected: list):
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-3)
 
 
-@pytest.mark.parametrize("content", [{}, stock_processor((8, 8), 12, resample=3)])
-def test_onnx_predict_gives_the_scores_of_the_pipeline_without_torch(exported, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "problem_type"),
+    [({}, None), (stock_processor((8, 8), 12, resample=3), None), ({}, "multi_label_classification")],
+)
+def test_onnx_predict_gives_the_scores_of_the_pipeline_without_torch(exported, tmp_path, content, problem_type):
     folder, files = Path(shutil.copytree(exported, tmp_path / "digits")), photographs(tmp_path)
     old = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(content or old))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": problem_type}))
     code = "import runpy, sys; sys.modules |= {'torch': None, 'transformers': None}; runpy.run_path(sys.argv.pop(1), "
     command = [sys.executable, "-c", f"{code}run_name='__main__')", ROOT / "examples/onnx_predict.py", folder, *files]
     result = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert_scores(printed_scores(result.stdout), scores_of(folder, files))
+
+
+LOGITS = [2.0, -1.0, 0.5]
+OUTPUTS = [  # logits, problem_type, and what a pipeline makes of them
+    (LOGITS, "regression", LOGITS),
+    (LOGITS, "multi_label_classification", torch.tensor(LOGITS).sigmoid().tolist()),
+    (LOGITS, None, torch.tensor(LOGITS).softmax(-1).tolist()),
+    ([2.0], None, [torch.tensor(2.0).sigmoid().item()]),
+]
+
+
+def test_onnx_predict_follows_the_problem_type():
+    probabilities = runpy.run_path(str(ROOT / "examples/onnx_predict.py"))["probabilities"]
+    for logits, problem_type, expected in OUTPUTS:
+        assert probabilities(np.array(logits), problem_type).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node: apt-get install nodejs")
+def test_page_and_node_example_follow_the_problem_type():
+    calls = ", ".join(f"probabilities({json.dumps(logits)}, {json.dumps(kind)})" for logits, kind, _ in OUTPUTS)
+    code = f"import {{ probabilities }} from './resize.js'; console.log(JSON.stringify([{calls}]))"
+    command = ["node", "--input-type=module", "-e", code]
+    printed = subprocess.run(command, cwd=ROOT / "sharing/page", capture_output=True, text=True, check=True).stdout
+    for found, (_, _, expected) in zip(json.loads(printed), OUTPUTS, strict=True):
+        assert found == pytest.approx(expected)
+
+
+def test_onnx_predict_ends_with_one_line_without_usable_images(exported):
+    for images, message in (([], "arguments are required: images"), (["absent.png"], "No such file")):
+        command = [sys.executable, ROOT / "examples/onnx_predict.py", exported, *images]
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
 def test_node_predict_gives_the_score_of_the_pipeline(exported, tmp_path):

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 from ..data.labels import MULTI, REGRESSION, SINGLE, Labels
 from ..data.reading import BadImage
-from ..files import terminal_text
+from ..files import shorten, terminal_text, text_width
 from .calibration import Fitted, Reliability
-from .mistakes import Mistakes, Samples
+from .mistakes import NAME_WIDTH, Mistakes, Samples
 
 LARGEST_CONFUSION = 1000  # classes
 MANY_CLASSES = 30  # a table of more classes shows the ten lowest
@@ -239,7 +239,7 @@ def captions(logits: torch.Tensor, targets: list, labels: Labels) -> list[tuple[
     """A caption for each image, and whether the prediction is correct.
 
     It gives the prediction from the logits (B, K) and, in parentheses, the label if that is another. In a regression it
-    gives both numbers, in the unit of the labels.
+    gives both numbers, in the unit of the labels. Long names are cut; two that are too long for one line get two.
     """
     names, found = labels.class_names, []
     for scores, target in zip(logits, targets):
@@ -254,5 +254,7 @@ def captions(logits: torch.Tensor, targets: list, labels: Labels) -> list[tuple[
                 ", ".join(name for name, is_positive in zip(names, row) if is_positive) for row in (scores > 0, target)
             )
         is_correct = predicted == true
-        found.append((predicted if is_correct else f"{predicted or 'none'} ({true or 'none'})", is_correct))
+        predicted, true = (shorten(name or "none", NAME_WIDTH) for name in (predicted, true))
+        gap = "\n" if text_width(predicted + true) > NAME_WIDTH else " "
+        found.append((predicted if is_correct else f"{predicted}{gap}({true})", is_correct))
     return found

@@ -9,8 +9,10 @@ import torch
 from accelerate import Accelerator
 
 from ..data.labels import MULTI, REGRESSION, Labels
+from ..files import shorten
 
 KEPT = 8  # images
+NAME_WIDTH = 18  # of a class name in a plot, in characters; with a probability, it fits above an image
 
 
 @dataclass
@@ -58,7 +60,7 @@ def mistake_captions(logits: torch.Tensor, targets: list, labels: Labels) -> lis
 
     With several labels for each image, they name the one whose probability is most wrong.
     """
-    names, captions = labels.class_names, []
+    names, captions = [shorten(name, NAME_WIDTH) for name in labels.class_names], []
     for scores, target in zip(logits, targets):
         if labels.problem_type == REGRESSION:
             predicted, true = (value * labels.std + labels.mean for value in (scores.item(), target[0]))

@@ -17,7 +17,7 @@ from ..data.augment import Augment
 from ..data.dataloader import MapStyleSplit
 from ..data.labels import MULTI, Labels
 from ..data.streaming import StreamingSplit
-from ..files import read_metrics
+from ..files import read_metrics, shorten
 from ..inference.attention import position_similarity
 from ..inference.explanation import explain_pixels
 from ..inference.figures import draw_panels, draw_positions
@@ -25,7 +25,7 @@ from ..inference.fonts import plain_text, readable_names
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .lora import ADAPTER_CONFIG, load_merged
 from .metrics import Evaluation, captions
-from .mistakes import Samples, mistake_captions
+from .mistakes import NAME_WIDTH, Samples, mistake_captions
 from .report import optional
 
 TITLES = {
@@ -158,9 +158,10 @@ def plot_confusion(counts: np.ndarray, class_names: list[str], title: str) -> Fi
     axis.set(title=title, xlabel="predicted class", ylabel="class")
     if few:
         ticks = range(len(class_names))
-        upright = max(map(len, class_names)) <= 2
-        axis.set_xticks(ticks, class_names, rotation=0 if upright else 45, ha="center" if upright else "right")
-        axis.set_yticks(ticks, class_names)
+        names = [shorten(name, NAME_WIDTH) for name in class_names]
+        upright = max(map(len, names)) <= 2
+        axis.set_xticks(ticks, names, rotation=0 if upright else 45, ha="center" if upright else "right")
+        axis.set_yticks(ticks, names)
         for row, column in zip(*counts.nonzero()):
             ink = "white" if fractions[row, column] > 0.5 else "black"
             axis.text(column, row, counts[row, column], ha="center", va="center", color=ink, fontsize=8)

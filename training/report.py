@@ -12,6 +12,7 @@ from ..data.decoding import same_pixels_code
 from ..data.labels import REGRESSION
 from ..data.streaming import StreamingSplit
 from ..files import RECORD, read_json, terminal_text
+from ..inference.opening import open_record
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .calibration import MIN_IMAGES, Fitted
 from .checkpoint import Splits, count_changed_images, gather_bad_images
@@ -57,11 +58,12 @@ def print_results(accelerator: Accelerator, title: str, results: dict[str, Evalu
             accelerator.print(class_table(name, result, class_names))
 
 
-def print_confidence(accelerator: Accelerator, results: dict[str, Evaluation]):
+def print_confidence(accelerator: Accelerator, results: dict[str, Evaluation], checkpoint: str | None = None):
     """How far the probabilities can be trusted, and what was fitted; nothing for a regression.
 
     Args:
         results: by names such as "validation raw"; that of the validation split, if there is one, comes first.
+        checkpoint: a folder, a file or a Hub id, if it is evaluated as it is.
     """
     results = {name: result for name, result in results.items() if result.reliability}
     if not results:
@@ -73,18 +75,30 @@ def print_confidence(accelerator: Accelerator, results: dict[str, Evaluation]):
             accelerator.print(f"{name}, at the thresholds: F1 micro {micro:.2%}, F1 macro {macro:.2%}")
     name, result = next(iter(results.items()))
     if name.startswith("validation"):
-        for line in fitted_lines(result.fitted):
+        for line in fitted_lines(result.fitted, checkpoint is not None and is_calibrated(checkpoint)):
             accelerator.print(terminal_text(line))
 
 
-def fitted_lines(fitted: Fitted) -> Iterator[str]:
-    """What was fitted on the validation split."""
+def is_calibrated(checkpoint: str) -> bool:
+    """Whether the head of a checkpoint, a folder, a file or a Hub id, is divided by a temperature, as far as known."""
+    if Path(checkpoint).is_file():
+        return False
+    return bool(open_record(checkpoint, {"calibrated": bool | None}).get("calibrated"))
+
+
+def fitted_lines(fitted: Fitted, is_calibrated: bool = False) -> Iterator[str]:
+    """What was fitted on the validation split.
+
+    Args:
+        is_calibrated: the head was divided by a temperature before.
+    """
     if fitted.temperature is None:
         yield f"no temperature: it needs at least {MIN_IMAGES} validation images and a model better than chance"
     elif fitted.calibrated:
         yield f"the exported head is divided by the temperature {fitted.temperature:.3f} of the validation split"
     else:
-        yield f"temperature of the validation split: {fitted.temperature:.3f}; train.py --calibrate true applies it"
+        advice = "the head is calibrated already" if is_calibrated else "train.py --calibrate true applies it"
+        yield f"temperature of the validation split: {fitted.temperature:.3f}; {advice}"
     if fitted.keep_score is not None:
         yield f"95% of the validation images have a highest probability of at least {fitted.keep_score:.3f}"
     if fitted.thresholds is not None and len(fitted.thresholds) <= MANY_CLASSES:

@@ -1,4 +1,5 @@
-// The pixels of an image as the checkpoint's image processor makes them in Python, for browsers and Node.
+// The pixels of an image as the checkpoint's image processor makes them in Python, and what its outputs mean, for
+// browsers and Node.
 //
 // Browsers resize in other ways than Pillow, and a model that was trained on Pillow's pixels notices. So this does what
 // Pillow does, in the same integer arithmetic: first each row, then each column, with weights of 22 bits.
@@ -86,4 +87,14 @@ export function preprocess({ data, width, height, channels }, processor) {
     for (let i = 0; i < area; i++) pixelValues[c * area + i] = (cropped[3 * i + c] * factor - mean[c]) / std[c];
   }
   return { rgb: cropped, width: cropWidth, height: cropHeight, pixelValues };
+}
+
+/** The probabilities of the labels as a pipeline computes them, or the numbers of a regression, from the model's outputs. */
+export function probabilities(logits, problemType) {
+  logits = [...logits];
+  if (problemType === "regression") return logits;
+  if (problemType === "multi_label_classification" || logits.length === 1) return logits.map((logit) => 1 / (1 + Math.exp(-logit)));
+  const largest = Math.max(...logits), powers = logits.map((logit) => Math.exp(logit - largest));
+  const sum = powers.reduce((total, power) => total + power, 0);
+  return powers.map((power) => power / sum);
 }

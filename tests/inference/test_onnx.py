@@ -104,6 +104,12 @@ def test_export_says_what_is_missing(exported, tmp_path, monkeypatch):
         export(exported, to="aot", attentions=True)
     with pytest.raises(UserError, match="CHECKPOINT: expected a folder"):
         export(tmp_path, to="onnx")
+    with pytest.raises(SystemExit, match="--max_eval_samples: expected at least 1, got 0"):
+        main([str(exported), "--to", "onnx", "--max_eval_samples", "0"])
+    tiny(num_channels=1).save_pretrained(tmp_path)
+    shutil.copy(exported / "preprocessor_config.json", tmp_path)
+    with pytest.raises(UserError, match="of 1 channel for this model, got 3 in data/digits, the default"):
+        export(tmp_path, to="onnx")
     monkeypatch.setattr(exporter, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match="expected a model below 2 GB"):
         write_onnx(tiny(), tmp_path)

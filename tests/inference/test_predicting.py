@@ -151,10 +151,16 @@ def test_bad_images_are_listed_and_not_fatal(work, capsys):
     (work / "photos/text.png").write_text("no image")
     os.mkfifo("photos/pipe.png")
     os.symlink("nowhere", "photos/link.png")
+    with pytest.raises(SystemExit) as end:
+        run("model", "photos", output="all.csv")
+    assert end.value.code == 1 and "none of the images can be used" in capsys.readouterr().err.splitlines()[-1]
+    PIL.Image.new("RGB", (20, 20)).save("photos/good.png")
     rows = run("model", "photos")
-    assert all(row["error"] and not row["decision"] for row in rows) and len(rows) == 4
+    assert sum(bool(row["error"]) and not row["decision"] for row in rows) == 4 and len(rows) == 5
     printed = capsys.readouterr().out.splitlines()
-    assert "photos/empty.jpg: empty" in printed and printed[-1].startswith("4 images, of which 4 cannot be used")
+    assert "photos/empty.jpg: empty" in printed and printed[-1].startswith("5 images, of which 4 cannot be used")
+    run("model", "photos/good.png", output="one.csv")
+    assert capsys.readouterr().out.splitlines()[-1] == "1 image: one.csv"
 
 
 def test_large_folders_are_listed_once(work, monkeypatch):

@@ -1,14 +1,16 @@
 import contextlib
 import json
 import os
+import sys
 
 import pytest
 import yaml
 
 from tests.sharing.conftest import NAME, TOKEN
-from vit_simple.files import UserError
+from vit_simple.files import UserError, read_json
 from vit_simple.sharing import upload
 from vit_simple.sharing.outgoing import cut_command, cut_paths, refuse_secrets, snapshot
+from vit_simple.sharing.record import record
 from vit_simple.sharing.upload import push
 from vit_simple.sharing.verify import shared_names
 
@@ -158,6 +160,13 @@ def test_absolute_paths_are_cut_to_their_last_part(value, cut):
 def test_command_keeps_its_other_words():
     command = "python train.py recipes/cifar10.yaml --dataset_name '/home/alice smith/cats' --output_dir=/mnt/acme/run"
     assert cut_command(command) == "python train.py recipes/cifar10.yaml --dataset_name cats --output_dir=run"
+
+
+def test_command_is_recorded_once_although_its_paths_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(tmp_path)])
+    for _ in range(2):
+        record(tmp_path)
+    assert read_json(tmp_path / "provenance.json")["commands"] == [f"python train.py --output_dir {tmp_path.name}"]
 
 
 def test_pushed_files_have_no_absolute_path_and_the_folder_keeps_its_recipe(folder, monkeypatch, capsys):

@@ -210,7 +210,7 @@ def test_calibrated_run_exports_a_divided_head_and_keeps_its_checkpoints(tmp_pat
     main(["--eval_only", "--model_name_or_path", str(tmp_path / "calibrated")])
     printed = capsys.readouterr().out
     assert f"{applied['loss']:.4f}   {applied['correct']} of 360 correct" in printed
-    assert "temperature of the validation split: 1.000" in printed
+    assert "temperature of the validation split: 1.000; the head is calibrated already" in printed
 
 
 def test_export_in_mid_training_forgets_what_an_earlier_run_fitted(tmp_path):

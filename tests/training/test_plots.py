@@ -13,10 +13,11 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from tests.conftest import classes, tiny
 from vit_simple import train
+from vit_simple.files import shorten
 from vit_simple.inference.fonts import readable_names
 from vit_simple.sharing.card import build_card
 from vit_simple.training import plots, report
-from vit_simple.training.metrics import Evaluation
+from vit_simple.training.metrics import Evaluation, captions
 from vit_simple.training.mistakes import Samples
 from vit_simple.training.plots import plot_run
 
@@ -90,6 +91,17 @@ def test_class_names_are_drawn_and_never_parsed_as_formulas(tmp_path, monkeypatc
         plot(tmp_path, *names)
     assert plots_in(tmp_path) == PLOTS and capsys.readouterr().err == ""
     assert readable_names(["a\r\nb", "\x1b[2J"])[0] == ["a\\r\\nb", "\\x1b[2J"]
+
+
+def test_long_class_names_are_cut_in_plots(tmp_path, capsys):
+    names = [f"a class name that is longer than any panel, number {number}" for number in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as "constrained_layout not applied"
+        plot(tmp_path, *names)
+    assert plots_in(tmp_path) == PLOTS and capsys.readouterr().err == ""
+    found = captions(torch.eye(3)[:2], [0, 2], classes(*names))
+    assert found == [("a class name that…", True), ("a class name that…\n(a class name that…)", False)]
+    assert [shorten(name, 5) for name in ("abcde", "abcdef", "犬犬", "犬犬犬")] == ["abcde", "abcd…", "犬犬", "犬犬…"]
 
 
 def test_class_without_a_font_is_shown_by_number(tmp_path, bundled_fonts):
