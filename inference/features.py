@@ -18,11 +18,6 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -200,6 +195,13 @@ def fit_logistic(
     Raises:
         UserError: all images have the same class.
     """
+    # not at the top: it takes a second, and most training runs need none of it
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold, train_test_split
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     x, y = features.double().numpy(), classes.numpy()
     found, counts = np.unique(y, return_counts=True)
     if len(found) < 2:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from sklearn.metrics import precision_recall_curve
 
 BINS = 15  # of the expected calibration error
 MIN_IMAGES = 100  # of the validation split; with fewer, nothing is fitted
@@ -209,6 +208,8 @@ def best_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
     """
     if not positive.any():
         return 0.5
+    from sklearn.metrics import precision_recall_curve  # not at the top: see `inference.features.fit_logistic`
+
     precision, recall, thresholds = precision_recall_curve(positive, scores.astype(np.float64))
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
     best = int(f1[:-1].argmax())
