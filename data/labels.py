@@ -49,6 +49,12 @@ def column_kind(feature) -> str | None:
     return None
 
 
+def stored_names(feature) -> list[str] | None:
+    """The names of the classes that a column stores as numbers, if it does."""
+    inner = feature.feature if isinstance(feature, (List, LargeList)) else feature
+    return inner.names if isinstance(inner, ClassLabel) else None
+
+
 def label_kind(column: str, feature, problem_type: str | None = None) -> str:
     """As `column_kind`, for the problem type that the user asks for, if any.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow.parquet
 import yaml
 from datasets import (
     Array2D,
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from ..files import ROOT, UserError
 from .folders import folder_notes, left_out_of_dataset, why_no_classes
-from .labels import LabelColumn, LabelCounts, Labels, column_names, find_label_column, label_notes
+from .labels import LabelColumn, LabelCounts, Labels, column_names, find_label_column, label_notes, stored_names
 from .reading import dataset_sources
 from .splitting import split_rows, subsample
 
@@ -117,6 +118,7 @@ def load_image_data(
         report += folder_notes(path, {split: 0 if streaming else len(rows) for split, rows in splits.items()})
     features = splits["train"].features
     image_column, label_column = find_columns(features, image_column, label_column, path)
+    check_class_names(name, config_name, splits, label_column)
     splits, shape = select_columns(splits, image_column, label_column)
     column = LabelColumn(label_column, features[label_column], problem_type, on_missing_label == "skip")
     if streaming:
@@ -195,6 +197,11 @@ def local_path(name: str) -> Path:
     return ROOT / name if not path.exists() and (ROOT / name).is_dir() else path
 
 
+def is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
 def load_splits(
     name: str, config_name: str | None = None, revision: str | None = None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
@@ -226,8 +233,7 @@ def open_splits(
         UserError: it cannot be loaded.
     """
     path = local_path(name)
-    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    if is_saved and streaming:
+    if is_saved(path) and streaming:
         raise UserError(
             f"--streaming cannot be used with {name!r}, which was written by save_to_disk: it is read from the disk, "
             "without loading it into memory, anyway"
@@ -235,7 +241,7 @@ def open_splits(
     quiet = without_progress_bars() if path.exists() else contextlib.nullcontext()
     failure = f"--dataset_name: {name!r} cannot be loaded"
     with explained_by_folder(path), raise_user_error(failure, RuntimeError), quiet:  # RuntimeError: it needs a script
-        if is_saved:
+        if is_saved(path):
             splits = load_from_disk(str(path))
             return splits if isinstance(splits, DatasetDict) else {"train": splits}
         return load_dataset(**builder_arguments(name, config_name, revision), streaming=streaming)
@@ -316,6 +322,28 @@ def select_columns(splits: dict, image_column: str, label_column: str) -> tuple[
 
 
 # Labels
+
+
+def check_class_names(dataset: str, config_name: str | None, splits: dict, column: str):
+    """Raises UserError if splits, or parquet files on this machine, have different classes for the same number.
+
+    `datasets` reads all parquet files with the names of the first one, or of the dataset card.
+    """
+    stored = {}
+    if local_path(dataset).exists() and not is_saved(local_path(dataset)):
+        found = load_dataset_builder(**builder_arguments(dataset, config_name, None)).config.data_files.values()
+        files = [file for file in itertools.chain(*found) if file.endswith(".parquet")]
+        stored = {file: Features.from_arrow_schema(pyarrow.parquet.read_schema(file)) for file in files}
+    for places in ({f"the split {split!r}": rows.features for split, rows in splits.items()}, stored):
+        first: dict[int, tuple[str, str]] = {}  # of each number, where it is found and its class
+        for place, features in places.items():
+            for number, name in enumerate(stored_names(features.get(column)) or []):
+                first_place, first_name = first.setdefault(number, (place, name))
+                if name != first_name:
+                    raise UserError(
+                        f"--dataset_name: expected the same classes everywhere, but class {number} is {first_name!r} "
+                        f"in {first_place} and {name!r} in {place}; write all splits with the same ClassLabel"
+                    )
 
 
 def iterate_labels(column: IterableDataset, split: str) -> Iterator:

@@ -52,6 +52,8 @@ def main():
     try:
         config, processor = read("config.json"), read("preprocessor_config.json")
         session = onnxruntime.InferenceSession(Path(options.folder, "onnx/model.onnx").read_bytes())
+        if "logits" not in [output.name for output in session.get_outputs()]:
+            parser.error(f"{options.folder}: this model has no head, so it predicts nothing")
         for file in options.images:
             (logits,) = session.run(["logits"], {"pixel_values": preprocess(Image.open(file), processor)})
             scores, names = probabilities(logits[0], config.get("problem_type")), config["id2label"]

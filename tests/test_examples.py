@@ -168,10 +168,25 @@ def test_page_and_node_example_follow_the_problem_type():
 
 
 def test_onnx_predict_ends_with_one_line_without_usable_images(exported):
-    for images, message in (([], "arguments are required: images"), (["absent.png"], "No such file")):
-        command = [sys.executable, ROOT / "examples/onnx_predict.py", exported, *images]
-        result = subprocess.run([*map(str, command)], capture_output=True, text=True)
-        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert_usage_error([exported], "arguments are required: images")
+    assert_usage_error([exported, "absent.png"], "No such file")
+
+
+def test_onnx_predict_says_that_a_model_has_no_head(exported, tmp_path):
+    folder = Path(shutil.copytree(exported, tmp_path / "digits"))
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(folder / "onnx/model.onnx")
+    model.graph.output[0].name = "last_hidden_state"
+    for node in model.graph.node:
+        node.output[:] = ["last_hidden_state" if name == "logits" else name for name in node.output]
+    onnx.save(model, folder / "onnx/model.onnx")
+    assert_usage_error([folder, *photographs(tmp_path)], "has no head")
+
+
+def assert_usage_error(arguments, message):
+    command = [sys.executable, ROOT / "examples/onnx_predict.py", *arguments]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
 def test_node_predict_gives_the_score_of_the_pipeline(exported, tmp_path):

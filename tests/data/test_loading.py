@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from tests.conftest import DIGITS
@@ -60,6 +60,25 @@ def test_image_folder_is_loaded_with_its_class_names(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             PIL.Image.new("L", (8 + number, 8), 50).save(path)
     assert load(str(tmp_path)).labels.class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("kind", ["class", "classes"])
+def test_splits_that_number_the_classes_differently_are_refused(tmp_path, kind):
+    splits, picture = DatasetDict(), PIL.Image.new("L", (8, 8))
+    for split, classes in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        feature, labels = ClassLabel(names=classes), [0, 1] * 4
+        if kind == "classes":
+            feature, labels = List(feature), [[label] for label in labels]
+        columns = Features({"image": Image(), "label": feature})
+        splits[split] = Dataset.from_dict({"image": [picture] * 8, "label": labels}, columns)
+        splits[split].to_parquet(tmp_path / f"parquet/{split}.parquet")
+    splits.save_to_disk(tmp_path / "saved")
+    for name, *places in (
+        ("parquet", "train.parquet", "test.parquet"),
+        ("saved", "the split 'train'", "the split 'test'"),
+    ):
+        with pytest.raises(UserError, match="class 0 is 'cat' in .*{} and 'dog' in .*{}; write all".format(*places)):
+            load(str(tmp_path / name))
 
 
 def test_dataset_is_loaded_from_folder_file_and_save_to_disk(tmp_path):
