@@ -129,11 +129,13 @@ def main():
     parser.add_argument("--test_images", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="of every method, for a quick try (default: what each chooses)")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="of every training")
     parser.add_argument("--grid", action="store_true", help="the defaults of train.py beside 12 other choices")
     parser.add_argument("--output", default="fine_tune", help="name of the files in benchmarks/results")
     options = parser.parse_args()
     if Path(options.checkpoint).exists():
         options.checkpoint = str(Path(options.checkpoint).resolve())
+    os.environ["ACCELERATE_MIXED_PRECISION"] = options.mixed_precision
     dataset, runs = load_dataset(options.dataset), []
     settings = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "dataset", "output")}
     names = {name: Path(getattr(options, name)).name for name in ("checkpoint", "dataset")}
