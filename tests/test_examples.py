@@ -95,7 +95,7 @@ def test_trainer_example_saves_a_checkpoint_that_loads_in_one_line(run_folder, p
     run(sys.executable, "fine_tune_trainer", tmp_path, *options)
     model, processor = load(tmp_path / "outputs/fine-tuned")
     assert model.config.id2label == NAMES["id2label"]
-    assert accuracy(model, processor, parity) > 0.65  # ten seeds: 0.73 to 0.83
+    assert accuracy(model, processor, parity) > 0.7  # three seeds: 0.87 to 0.91
     assert (tmp_path / "outputs/fine-tuned/modeling_vit_simple.py").exists()
 
 

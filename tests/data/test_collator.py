@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from datasets import load_dataset
@@ -16,6 +18,7 @@ from transformers import (
 from tests.conftest import tiny
 from vit_simple.data.augment import Augment
 from vit_simple.data.collator import TrainerCollator, mark_for_augmentation
+from vit_simple.data.processors import open_processor, stock_processor
 from vit_simple.files import ROOT
 from vit_simple.training.optim import parameter_groups
 
@@ -89,6 +92,27 @@ def test_collator_augments_training_rows_and_evaluates_as_train_py_did(run_folde
     assert (
         AutoModelForImageClassification.from_pretrained(tmp_path / "run").config.problem_type == options["problem_type"]
     )
+
+
+def test_random_crops_are_parts_of_the_marked_images_only():
+    processor = open_processor(stock_processor((32, 32)))
+    x, y = np.meshgrid(np.arange(128), np.arange(128))
+    ramp = PIL.Image.fromarray(np.stack([2 * x, 2 * y, 0 * x], -1).astype(np.uint8))
+    rows = {"image": [ramp] * 64, "label": [0] * 64}
+    augment = Augment(processor, num_classes=2)
+    collator = TrainerCollator(processor, augment, random_resized_crop=0.25)
+
+    def pixels(rows: dict) -> torch.Tensor:
+        batch = collator([dict(zip(rows, values)) for values in zip(*rows.values())])
+        return batch["pixel_values"] * augment.std + augment.mean
+
+    torch.manual_seed(0)
+    red, green, _ = pixels(mark_for_augmentation(rows)).unbind(1)
+    width, height = (shades.flatten(1).amax(1) - shades.flatten(1).amin(1) for shades in (red, green))
+    assert (width * height > 0.2).all() and (width * height).std() > 0.1
+    assert (width / height).clamp(0.7, 1.4).equal(width / height)
+    whole = processor(rows["image"], return_tensors="pt")["pixel_values"] * augment.std + augment.mean
+    torch.testing.assert_close(pixels(rows), whole, rtol=0, atol=1e-6)
 
 
 class StopAfterOneEpoch(TrainerCallback):
