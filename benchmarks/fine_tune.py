@@ -26,6 +26,8 @@ import numpy as np
 from datasets import DatasetDict, load_dataset
 
 from benchmarks.measure import RESULTS, describe, machine, write_report
+from vit_simple import ViTSimpleForImageClassification
+from vit_simple.conversion.processors import fit_processor
 from vit_simple.files import ROOT, read_metrics
 from vit_simple.training.defaults import fine_tuning_options
 
@@ -36,6 +38,7 @@ METHODS = {  # name: options of train.py
 }
 PROBES = {"k-NN, k = 20", "logistic regression"}
 EXAMPLE, SCRATCH = "transformers' example at its defaults", "from scratch"
+TRAINER = "Trainer, by examples/fine_tune_trainer.py"
 GRID = {
     f"rate {rate}, layer decay {decay}, crop {crop}": f"--learning_rate {rate} --layer_decay {decay} "
     f"--random_resized_crop {crop}"
@@ -82,6 +85,20 @@ def example(options: argparse.Namespace, data: Path, seed: int, folder: Path) ->
     return int(correct) / int(count), seconds
 
 
+def trainer(options: argparse.Namespace, data: Path, seed: int, folder: Path) -> tuple[float, float]:
+    """Accuracy and seconds of the program with transformers' Trainer, which takes the size of its checkpoint."""
+    base = folder / "base"
+    call("convert_checkpoint.py", options.checkpoint, base)
+    model = ViTSimpleForImageClassification.from_pretrained(base, image_size=options.image_size)
+    model.save_pretrained(base)
+    content = json.loads((base / "preprocessor_config.json").read_text())
+    (base / "preprocessor_config.json").write_text(json.dumps(fit_processor(content, model.config, [])))
+    given = ["--model", base, "--dataset", data, "--seed", seed, "--output_dir", folder / "tuned"]
+    length = [] if options.epochs is None else ["--epochs", options.epochs]
+    said, seconds = call("examples/fine_tune_trainer.py", *given, *length)
+    return float(re.findall(r"'eval_accuracy': '?([\d.]+)", said)[-1]), seconds
+
+
 def measure(
     options: argparse.Namespace, data: Path, seed: int, work: Path, done: set[str]
 ) -> Iterator[tuple[str, float, float]]:
@@ -97,6 +114,8 @@ def measure(
             yield EXAMPLE, *example(options, data, seed, work / "example")
         epochs = fine_tuning_options(len(load_dataset(str(data), split="train")), 384, 1)["num_train_epochs"]
         runs[SCRATCH] = ["--variant", options.variant, "--num_train_epochs", epochs]
+    elif TRAINER not in done:
+        yield TRAINER, *trainer(options, data, seed, work / "trainer")
     for name in (name for name in runs if name not in done):
         folder = work / re.sub(r"\W", "_", name)
         length = [] if options.epochs is None else ["--num_train_epochs", options.epochs]
@@ -130,7 +149,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="of every method, for a quick try (default: what each chooses)")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="of every training")
-    parser.add_argument("--grid", action="store_true", help="the defaults of train.py beside 12 other choices")
+    parser.add_argument("--grid", action="store_true", help="the defaults of train.py, 12 other choices, and Trainer")
     parser.add_argument("--output", default="fine_tune", help="name of the files in benchmarks/results")
     options = parser.parse_args()
     if Path(options.checkpoint).exists():

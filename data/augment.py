@@ -78,6 +78,15 @@ def padded_crop(pixels: torch.Tensor, draws: torch.Tensor, padding: int) -> torc
     return windows[rows, :, down, right]
 
 
+def flip(pixels: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, C, H, W), of which the images are mirrored where `flipped` (B,) is 1, not 0.
+
+    The difference wraps around, so the sum is exact. On a CPU, `torch.where` with one condition for each image takes
+    three times as long.
+    """
+    return torch.addcmul(pixels, pixels.flip(3) - pixels, per_image(flipped.to(torch.uint8)))
+
+
 def rectangles(draws: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """True in the rectangle of each image, (B, 1, H, W); the draws (4, B) are those of `rectangle`."""
     y, x, height, width = per_image(draws)
@@ -213,7 +222,7 @@ class Augment(nn.Module):
     def apply_draws(self, pixels, labels, draws, noise) -> tuple[torch.Tensor, torch.Tensor]:
         targets = self.targets(labels)
         x = padded_crop(pixels, draws["crop"], self.crop_padding) if "crop" in draws else pixels
-        x = torch.where(per_image(draws["flip"][0]) > 0, x.flip(3), x) if "flip" in draws else x
+        x = flip(x, draws["flip"][0]) if "flip" in draws else x
         x = self.scale(x)
         x = warp(x, draws["affine"], "border") if "affine" in draws else x
         x = self.rand_augment(x, draws["rand_augment"]) if "rand_augment" in draws else x
