@@ -79,7 +79,7 @@ def padded_crop(pixels: torch.Tensor, draws: torch.Tensor, padding: int) -> torc
 
 
 def flip(pixels: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, C, H, W), of which the images are mirrored where `flipped` (B,) is 1, not 0.
+    """Mirrors those of the uint8 images (B, C, H, W) for which `flipped` (B,) is 1, not 0.
 
     The difference wraps around, so the sum is exact. On a CPU, `torch.where` with one condition for each image takes
     three times as long.
