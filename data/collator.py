@@ -48,7 +48,8 @@ class TrainerCollator:
         self.processor, self.augment = processor, augment
         self.image_column, self.label_column = image_column, label_column
         self.random_resized_crop = random_resized_crop
-        self.size = process(processor, [PIL.Image.new("RGB", (64, 64))]).shape[2:]
+        _, _, height, width = process(processor, [PIL.Image.new("RGB", (64, 64))]).shape
+        self.size = height, width
 
     def crop(self, image: PIL.Image.Image) -> torch.Tensor:
         """The pixels (C, H, W) of a random crop, drawn from torch's global generator."""
