@@ -330,9 +330,10 @@ def check_class_names(dataset: str, config_name: str | None, splits: dict, colum
     `datasets` reads all parquet files with the names of the first one, or of the dataset card.
     """
     stored = {}
-    if local_path(dataset).exists() and not is_saved(local_path(dataset)):
+    path = local_path(dataset)
+    if splits["train"].info.builder_name == "parquet" and path.exists() and not is_saved(path):
         found = load_dataset_builder(**builder_arguments(dataset, config_name, None)).config.data_files.values()
-        files = [file for file in itertools.chain(*found) if file.endswith(".parquet")]
+        files = itertools.chain(*found)
         stored = {file: Features.from_arrow_schema(pyarrow.parquet.read_schema(file)) for file in files}
     for places in ({f"the split {split!r}": rows.features for split, rows in splits.items()}, stored):
         first: dict[int, tuple[str, str]] = {}  # of each number, where it is found and its class
