@@ -5,8 +5,8 @@ python -m benchmarks.fine_tune CHECKPOINT DATASET --images_per_class 20 --grid -
 
 CHECKPOINT is anything that convert_checkpoint.py opens. Seconds are those of the whole command; k-NN and logistic
 regression share one. All methods use images of --image_size. The model from scratch has as many epochs as full
-fine-tuning. benchmarks/results gets every run as JSON, and the table; the same command continues where it was stopped.
-transformers' example needs torchvision.
+fine-tuning. --jobs 2 runs two commands at a time, each on half of the cores. benchmarks/results gets every run as JSON,
+and the table; the same command continues where it was stopped. transformers' example needs torchvision.
 """
 
 import argparse
@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ METHODS = {  # name: options of train.py
     "LoRA": "--lora_rank 8",
     "full fine-tuning": "",
 }
-PROBES = {"k-NN, k = 20", "logistic regression"}
+PROBES = ("k-NN, k = 20", "logistic regression")  # one command
 EXAMPLE, SCRATCH = "transformers' example at its defaults", "from scratch"
 TRAINER = "Trainer, by examples/fine_tune_trainer.py"
 GRID = {
@@ -55,6 +56,11 @@ def write_subset(dataset: DatasetDict, folder: Path, per_class: int, tests: int,
     dataset["test"].select(some).to_parquet(folder / "test-00000-of-00001.parquet")
 
 
+def given(options: argparse.Namespace, data: Path, seed: int) -> list:
+    """The options of train.py and probe.py that say which images they use."""
+    return ["--dataset_name", data, "--image_size", options.image_size, "--seed", seed]
+
+
 def call(*command, **variables: str) -> tuple[str, float]:
     """What a command prints, and its seconds; `variables` are added to its environment."""
     command, environment = [sys.executable, *map(str, command)], os.environ | variables
@@ -65,9 +71,9 @@ def call(*command, **variables: str) -> tuple[str, float]:
     return result.stdout, time.perf_counter() - start
 
 
-def probe(options: argparse.Namespace, given: list, cache: Path) -> dict[str, tuple[float, float]]:
+def probe(options: argparse.Namespace, data: Path, seed: int, cache: Path) -> dict[str, tuple[float, float]]:
     """Accuracy and seconds of the classifiers on frozen features, computed without those of an earlier run."""
-    said, seconds = call("probe.py", options.checkpoint, *given, HF_HOME=str(cache))
+    said, seconds = call("probe.py", options.checkpoint, *given(options, data, seed), HF_HOME=str(cache))
     found = re.findall(r"^(k-NN, k = 20|logistic regression).*?([\d.]+)% \(95", said, re.MULTILINE)
     return {name: (float(percent) / 100, seconds) for name, percent in found}
 
@@ -93,34 +99,31 @@ def trainer(options: argparse.Namespace, data: Path, seed: int, folder: Path) ->
     model.save_pretrained(base)
     content = json.loads((base / "preprocessor_config.json").read_text())
     (base / "preprocessor_config.json").write_text(json.dumps(fit_processor(content, model.config, [])))
-    given = ["--model", base, "--dataset", data, "--seed", seed, "--output_dir", folder / "tuned"]
+    start = ["--model", base, "--dataset", data, "--seed", seed, "--output_dir", folder / "tuned"]
     length = [] if options.epochs is None else ["--epochs", options.epochs]
-    said, seconds = call("examples/fine_tune_trainer.py", *given, *length)
+    said, seconds = call("examples/fine_tune_trainer.py", *start, *length)
     return float(re.findall(r"'eval_accuracy': '?([\d.]+)", said)[-1]), seconds
 
 
-def measure(
-    options: argparse.Namespace, data: Path, seed: int, work: Path, done: set[str]
-) -> Iterator[tuple[str, float, float]]:
-    """Each method that is not done, its accuracy and its seconds."""
+def train(options: argparse.Namespace, data: Path, seed: int, folder: Path, method: str) -> tuple[float, float]:
+    """Accuracy and seconds of train.py."""
     start = ["--model_name_or_path", options.checkpoint, "--probe", "false"]
-    given = ["--dataset_name", data, "--image_size", options.image_size, "--seed", seed]
-    methods = {"default": ""} | GRID if options.grid else METHODS
-    runs = {name: [*start, *text.split()] for name, text in methods.items()}
-    if not options.grid:
-        if PROBES - done:
-            yield from ((name, *found) for name, found in probe(options, given, work / "cache").items())
-        if EXAMPLE not in done:
-            yield EXAMPLE, *example(options, data, seed, work / "example")
-        epochs = fine_tuning_options(len(load_dataset(str(data), split="train")), 384, 1)["num_train_epochs"]
-        runs[SCRATCH] = ["--variant", options.variant, "--num_train_epochs", epochs]
-    elif TRAINER not in done:
-        yield TRAINER, *trainer(options, data, seed, work / "trainer")
-    for name in (name for name in runs if name not in done):
-        folder = work / re.sub(r"\W", "_", name)
-        length = [] if options.epochs is None else ["--num_train_epochs", options.epochs]
-        _, seconds = call("train.py", *given, *runs[name], *length, "--output_dir", folder)
-        yield name, read_metrics(folder)[-1]["top1"], seconds
+    length = [] if options.epochs is None else ["--num_train_epochs", options.epochs]
+    if method == SCRATCH:
+        epochs = fine_tuning_options(len(load_dataset(str(data), split="train")), 384)["num_train_epochs"]
+        start, length = ["--variant", options.variant], length or ["--num_train_epochs", epochs]
+    own = (METHODS | GRID).get(method, "").split()
+    _, seconds = call("train.py", *start, *given(options, data, seed), *own, *length, "--output_dir", folder)
+    return read_metrics(folder)[-1]["top1"], seconds
+
+
+def measure(options: argparse.Namespace, data: Path, seed: int, method: str) -> dict[str, tuple[float, float]]:
+    """Accuracy and seconds of a method, and of both classifiers for one of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        if method in PROBES:
+            return probe(options, data, seed, Path(folder))
+        run = {EXAMPLE: example, TRAINER: trainer}.get(method, partial(train, method=method))
+        return {method: run(options, data, seed, Path(folder))}
 
 
 def table(runs: list[dict]) -> str:
@@ -149,12 +152,15 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="of every method, for a quick try (default: what each chooses)")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="of every training")
+    parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
     parser.add_argument("--grid", action="store_true", help="the defaults of train.py, 12 other choices, and Trainer")
     parser.add_argument("--output", default="fine_tune", help="name of the files in benchmarks/results")
     options = parser.parse_args()
     if Path(options.checkpoint).exists():
         options.checkpoint = str(Path(options.checkpoint).resolve())
     os.environ["ACCELERATE_MIXED_PRECISION"] = options.mixed_precision
+    if options.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
     dataset, runs = load_dataset(options.dataset), []
     settings = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "dataset", "output")}
     names = {name: Path(getattr(options, name)).name for name in ("checkpoint", "dataset")}
@@ -164,16 +170,28 @@ def main():
         if {**earlier, "runs": runs} != report:
             parser.error(f"{path} has other options, versions or another machine: use another --output")
         runs += earlier["runs"]
-    for per_class, seed in itertools.product(options.images_per_class, range(options.seeds)):
-        with tempfile.TemporaryDirectory() as work:
-            data = Path(work) / "data"
-            data.mkdir()
-            write_subset(dataset, data, per_class, options.test_images, seed)
-            done = {run["method"] for run in runs if (run["images_per_class"], run["seed"]) == (per_class, seed)}
-            for name, accuracy, seconds in measure(options, data, seed, Path(work), done):
-                facts = {"images_per_class": per_class, "method": name, "seed": seed, "accuracy": accuracy}
-                runs.append(facts | {"seconds": round(seconds, 1)})
+    done = {(run["images_per_class"], run["seed"], run["method"]) for run in runs}
+    methods = [TRAINER, "default", *GRID] if options.grid else [PROBES[0], EXAMPLE, *METHODS, SCRATCH]
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(options.jobs) as pool:
+        tasks = {}
+        for key in itertools.product(options.images_per_class, range(options.seeds), methods):
+            if key not in done:
+                per_class, seed, method = key
+                data = Path(work) / f"{per_class}-{seed}"
+                if not data.exists():
+                    data.mkdir()
+                    write_subset(dataset, data, per_class, options.test_images, seed)
+                tasks[pool.submit(measure, options, data, seed, method)] = per_class, seed
+        try:
+            for task in as_completed(tasks):
+                per_class, seed = tasks[task]
+                for name, (accuracy, seconds) in task.result().items():
+                    facts = {"images_per_class": per_class, "method": name, "seed": seed, "accuracy": accuracy}
+                    runs.append(facts | {"seconds": round(seconds, 1)})
                 write_report(report, path)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     path.with_suffix(".md").write_text(f"{describe(report)}\n\n{table(runs)}", encoding="utf-8")
     print(table(runs))
 
