@@ -145,6 +145,7 @@ class ImageSplit:
     """
 
     sample_rows: Callable[[int], Iterator[tuple]]  # number, undecoded image and label of rows that the seed selects
+    row_name: Callable[..., str]  # of a row number, for messages
 
     def __init__(
         self,
@@ -162,14 +163,14 @@ class ImageSplit:
         self.bad = {}  # name of a row that was skipped -> reason
         self.changed = {}  # name of a row that has other pixels in a pipeline -> reason
 
-    def read_row(self, row: int | tuple, name: str, epoch: int, image, label, notes: RowNotes) -> tuple:
+    def read_row(self, row: int | tuple, epoch: int, image, label, notes: RowNotes) -> tuple:
         """The decoded image and the target of a row; (None, None) and an entry in `notes` if one of them is bad.
 
         Raises:
             RunError: the machine failed to read the image several times.
         """
         path = f" ({image['path']})" if isinstance(image, dict) and image["path"] else ""
-        name = f"{name} of the split {self.split!r}{path}"
+        name = f"{self.row_name(row)}{path}"
         changes: set[str] = set()
         try:
             decoded, target = self.decode(image, epoch, row, changes), self.data.labels.target(label)
@@ -213,7 +214,7 @@ class ImageSplit:
 
     def samples(self, count: int) -> list[tuple]:
         """Pixels (C, H, W) and target of up to `count` rows without the bad ones."""
-        decoded = (self.read_row(row, "", 0, image, label, RowNotes()) for row, image, label in self.sample_rows(count))
+        decoded = (self.read_row(row, 0, image, label, RowNotes()) for row, image, label in self.sample_rows(count))
         return [(self.decode.stack([image])[0], target) for image, target in decoded if image is not None]
 
     def load(self, num_workers: int, **options) -> Iterator:
@@ -246,6 +247,11 @@ class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
         None  # pixels (N, C, H, W) and targets (N + 1, ...) of all rows and of padding
     )
 
+    def row_name(self, row: int) -> str:
+        """Names the row in the dataset that was given: rows may have been left out, held out or drawn since."""
+        split, numbers = self.data.origins.get(self.split, (self.split, None))
+        return f"row {row if numbers is None else numbers[row]} of the split {split!r}"
+
     def read(self, rows: list[int]) -> Iterator[tuple]:
         """The undecoded image and the label of each row."""
         arrow = self.rows.with_format("arrow")
@@ -272,11 +278,11 @@ class MapStyleSplit(ImageSplit, torch.utils.data.Dataset):
         for row, (undecoded, label) in zip(rows, self.read([max(row, 0) for row in rows])):
             image = target = None
             if row >= 0:
-                image, target = self.read_row(row, f"row {row}", epoch, undecoded, label, notes)
+                image, target = self.read_row(row, epoch, undecoded, label, notes)
                 while image is None and replace and len(notes.bad) < self.size:
                     row = (row + 1) % self.size
                     ((undecoded, label),) = self.read([row])
-                    image, target = self.read_row(row, f"row {row}", epoch, undecoded, label, notes)
+                    image, target = self.read_row(row, epoch, undecoded, label, notes)
             images.append(image)
             targets.append(target)
         return self.batch(images, targets, notes)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import yaml
 from datasets import (
@@ -32,7 +33,7 @@ from ..files import ROOT, UserError
 from .folders import folder_notes, left_out_of_dataset, why_no_classes
 from .labels import LabelColumn, LabelCounts, Labels, column_names, find_label_column, label_notes, stored_names
 from .reading import dataset_sources
-from .splitting import split_rows, subsample
+from .splitting import Selection, split_rows
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # file name extension -> builder
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -64,6 +65,7 @@ class ImageData:
         sources: where rows may name image files, see `dataset_sources`.
         report: what the user should know before training, one line each.
         bit_depth: of the gray images with more than 8 bits, see `find_bit_depth`; None if there are none.
+        origins: of each split that is not a stream, the split of the dataset and the row numbers there.
     """
 
     splits: dict[str, Dataset | IterableDataset]
@@ -74,6 +76,7 @@ class ImageData:
     sources: tuple[str, ...] = ()
     report: list[str] = field(default_factory=list)
     bit_depth: int | None = None
+    origins: dict[str, tuple[str, np.ndarray]] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:
@@ -113,7 +116,9 @@ def load_image_data(
     Raises:
         UserError: the dataset cannot be loaded, lacks a split or column, or has labels that cannot be learned.
     """
-    splits, path, report = load_splits(name, config_name, revision, streaming), local_path(name), []
+    splits, path = load_splits(name, config_name, revision, streaming), local_path(name)
+    report: list[str] = []
+    origins: dict[str, tuple[str, np.ndarray]] = {}
     if splits["train"].info.builder_name == "imagefolder" and path.is_dir():
         report += folder_notes(path, {split: 0 if streaming else len(rows) for split, rows in splits.items()})
     features = splits["train"].features
@@ -125,14 +130,17 @@ def load_image_data(
         streams = stream_label_column(name, config_name, revision, label_column)
         labels, counts, sizes = check_stream(splits, streams, column, count_classes, on_main_process, report)
     else:
-        labels, counts = check_rows(splits, column, validation_fraction, seed, report)
-        for split, rows in splits.items():
-            splits[split] = subsample(rows, max_train_samples if split == "train" else max_eval_samples, seed)
+        selections = {split: Selection(rows, split, np.arange(len(rows))) for split, rows in splits.items()}
+        labels, counts = check_rows(selections, column, validation_fraction, seed, report)
+        for split, selection in selections.items():
+            selections[split] = selection.sample(max_train_samples if split == "train" else max_eval_samples, seed)
+        splits = {split: selection.rows for split, selection in selections.items()}
+        origins = {split: (selection.split, selection.numbers) for split, selection in selections.items()}
         counts["train"] = column.count(splits["train"][label_column][:])
         labels.fit(counts["train"])
         sizes = {split: len(rows) for split, rows in splits.items()}
     report += label_notes(labels, column.feature, counts.get("train"))
-    return ImageData(splits, image_column, labels, sizes, shape, dataset_sources(name, path), report)
+    return ImageData(splits, image_column, labels, sizes, shape, dataset_sources(name, path), report, origins=origins)
 
 
 # Loading
@@ -377,24 +385,24 @@ def check_splits(splits: dict, column: LabelColumn, counts: dict[str, LabelCount
 
 
 def check_rows(
-    splits: dict[str, Dataset], column: LabelColumn, validation_fraction: float, seed: int, report: list[str]
+    splits: dict[str, Selection], column: LabelColumn, validation_fraction: float, seed: int, report: list[str]
 ) -> tuple[Labels, dict[str, LabelCounts]]:
     """The labels of a dataset on the disk, whose rows without a label are left out if the user wants that.
 
     Holds out a validation split if there is none.
     """
+    values = {split: selection.rows[column.name][:] for split, selection in splits.items()}
+    counts = {split: column.count(labels) for split, labels in values.items()}
     if column.skip_missing:
-        for split, rows in splits.items():
-            kept = [row for row, value in enumerate(rows[column.name][:]) if column.has_label(value)]
-            note_left_out(split, len(rows) - len(kept), len(rows), report)
-            splits[split] = rows.select(kept)
-    values = {split: rows[column.name][:] for split, rows in splits.items()}
+        for split, selection in splits.items():
+            note_left_out(split, counts[split].drop_missing(column.kind), len(values[split]), report)
+            kept = [row for row, value in enumerate(values[split]) if column.has_label(value)]
+            splits[split], values[split] = selection.select(kept), [values[split][row] for row in kept]
     if column.kind == "class" and set(values["train"]) == {None}:  # of images in one folder, `datasets` drops the label
         raise UserError(
             "--dataset_name: expected several classes in the split 'train', got images without labels or of only one "
             "class, which cannot be learned; add images of another class"
         )
-    counts = {split: column.count(labels) for split, labels in values.items()}
     labels = check_splits(splits, column, counts, counts.get("test"))
     if "validation" not in splits and validation_fraction:
         targets = [labels.target(value) for value in values["train"]]

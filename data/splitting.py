@@ -1,6 +1,7 @@
-"""Hold out a validation split, and draw subsets."""
+"""Hold out a validation split, draw subsets, and remember where the rows came from."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset
@@ -9,11 +10,28 @@ from ..files import UserError
 from .labels import SINGLE, Labels
 
 
-def subsample(rows: Dataset, size: int | None, seed: int) -> Dataset:
-    """A random subset of this size, or all rows if there are no more."""
-    if size is None or size >= len(rows):
-        return rows
-    return rows.select(np.random.default_rng(seed).permutation(len(rows))[:size])
+@dataclass
+class Selection:
+    """Rows of a dataset.
+
+    Args:
+        rows: the selected rows.
+        split: the split of the dataset that has them.
+        numbers: the number of each in that split.
+    """
+
+    rows: Dataset
+    split: str
+    numbers: np.ndarray
+
+    def select(self, rows: np.ndarray | list[int]) -> "Selection":
+        return Selection(self.rows.select(rows), self.split, self.numbers[rows])
+
+    def sample(self, size: int | None, seed: int) -> "Selection":
+        """A random subset of this size, or all rows if there are no more."""
+        if size is None or size >= len(self.rows):
+            return self
+        return self.select(np.random.default_rng(seed).permutation(len(self.rows))[:size])
 
 
 def spread(count: int, limit: int) -> list[int]:

@@ -53,6 +53,10 @@ class StreamingSplit(ImageSplit):
         most = max(self.max_shards, readers, self.size // ROWS_PER_SHARD)
         return list(range(min(self.rows.num_shards, most)))
 
+    def row_name(self, row: tuple[int, int]) -> str:
+        shard, number = row
+        return f"row {number} of shard {shard} of the split {self.split!r}"
+
     def read_shard(self, shard: int, num_shards: int) -> Iterator[dict[str, list]]:
         """The rows of a shard, undecoded, in batches."""
         if shard not in self.shard_rows:  # finding its files takes seconds if there are very many
@@ -102,8 +106,7 @@ class StreamingSplit(ImageSplit):
             idle_epochs += 1
             rows = enumerate(self.read_epoch(reader, epoch), 1)
             for position, ((shard, row), undecoded, label) in itertools.islice(rows, num_read, None):
-                name = f"row {row} of shard {shard}"
-                image, target = self.read_row((shard, row), name, epoch, undecoded, label, notes)
+                image, target = self.read_row((shard, row), epoch, undecoded, label, notes)
                 if image is not None or self.on_bad_image == "error":
                     images.append(image)
                     targets.append(target)
@@ -135,8 +138,7 @@ class StreamingSplit(ImageSplit):
         while chunk := list(itertools.islice(rows, batch_size)):
             images, targets, notes = PixelBatch(self.decode), [], RowNotes()
             for (shard, row), undecoded, label in chunk:
-                name = f"row {row} of shard {shard}"
-                image, target = self.read_row((shard, row), name, 0, undecoded, label, notes)
+                image, target = self.read_row((shard, row), 0, undecoded, label, notes)
                 images.append(image)
                 targets.append(target)
             yield self.batch(images, targets, notes, batch_size)

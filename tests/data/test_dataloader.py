@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, Image, load_dataset
 
 from tests.conftest import DIGITS, data_of, images_of, photographs, processor
 from vit_simple.data.dataloader import evaluation_keys, fits_in_cache, have_equal_sizes, training_keys
@@ -167,6 +167,20 @@ def bad_files(folder) -> dict[str, str]:
         "large.ppm": "more than 89478485 pixels",
         "missing.jpg": "there is no file",
     }
+
+
+def test_bad_image_has_the_row_number_of_the_dataset_that_was_given(tmp_path):
+    images = [{"path": None, "bytes": f"train {row}".encode()} for row in range(40)]
+    rows = Dataset.from_dict({"image": images, "label": [None, None, *["a", "b"] * 19]})
+    rows.cast_column("image", Image()).to_parquet(tmp_path / "train.parquet")
+    options = {"on_missing_label": "skip", "validation_fraction": 0.25, "max_train_samples": 20}
+    data = load_image_data(str(tmp_path), **options)
+    for split in ("train", "validation"):
+        loader = images_of(data, split, processor(8), (8, 8))
+        for row in range(loader.size):
+            _, _, notes = loader.read_batch(0, [row])
+            kind, number = data.splits[split][row]["image"]["bytes"].decode().split()
+            assert list(notes.bad) == [f"row {number} of the split {kind!r}"]
 
 
 @pytest.mark.parametrize("crop, num_workers", [(0.0, 0), (0.0, 1), (0.5, 0)])

@@ -184,8 +184,12 @@ def test_labels_that_cannot_be_learned_raise(tmp_path, labels, names, message):
 def test_label_out_of_range_is_found_in_any_split(tmp_path):
     save(tmp_path / "set", [0, 1] * 4)
     folder = save(tmp_path / "set", [0, 2], names=["a", "b", "c"], split="test")
-    with pytest.raises(UserError, match="expected labels from 0 to 1, got 2 in row 1 of the split 'test'"):
+    message = "expected labels from 0 to 1, got 2 in row 1 of the split 'test'"
+    with pytest.raises(UserError, match=message):
         load(folder)
+    folder = save(tmp_path / "set", [None, 2], names=["a", "b", "c"], split="test")
+    with pytest.raises(UserError, match=message):
+        load(folder, on_missing_label="skip")
 
 
 @pytest.mark.parametrize("hidden", [-1, None])
