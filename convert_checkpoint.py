@@ -30,21 +30,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", help="new folder to write")
     libraries = ("vit_simple", "timm", "transformers")
     parser.add_argument("--to", choices=libraries, default="vit_simple", help="output format (default: vit_simple)")
-    preset = "preprocessing to use when the checkpoint has no image processor; docs/conversion.md explains the values"
+    preset = "preprocessing of this family instead of the checkpoint's; docs/conversion.md explains the values"
     parser.add_argument("--family", choices=FAMILIES, help=preset)
     parser.add_argument("--num_attention_heads", type=int, help="number of attention heads, if there is no config.json")
     act = "activation of a file whose config.json does not state it (default: gelu; CLIP has gelu or quick_gelu)"
     parser.add_argument("--hidden_act", choices=HIDDEN_ACTS, help=act)
     parser.add_argument("--key", help="which model of a file with several: an entry, such as state_dict_ema or student")
-    own = "preprocessing of a training of your own, instead of --family or the checkpoint's: "
+    own = "overrides --family and the checkpoint's preprocessing: "
     for name in ("image_mean", "image_std"):
         parser.add_argument(f"--{name}", type=float, nargs="+", metavar="X", help=own + "one number per channel")
     parser.add_argument(
-        "--interpolation", choices=INTERPOLATIONS, help=own + "how images are resized (default: bicubic)"
+        "--interpolation", choices=INTERPOLATIONS, help=own + "how images are resized (if unknown: bicubic)"
     )
-    crop = "fraction of the short side that the center crop keeps (default: 0.875)"
+    crop = "fraction of the short side that the center crop keeps (if unknown: 0.875)"
     parser.add_argument("--crop_pct", type=float, metavar="X", help=own + crop)
-    parser.add_argument("--base_model", help="Hub id of the original weights, for the model card")
+    parser.add_argument("--base_model", help="Hub id of the base model, for the model card and the image processor")
     return parser
 
 

@@ -1,6 +1,6 @@
 """Show what a model looks at in images: attention, rollout, relevance, patch features, positions and the patch grid.
 
-python explain.py docs/images/astronaut.jpg --model outputs/dinov2-s --output_dir outputs/explain
+python explain.py docs/images/astronaut.jpg --model outputs/vit-b16 --output_dir outputs/explain
 python explain.py 7.png --model outputs/digits --output_dir outputs/explain --label 7 --json
 """
 

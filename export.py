@@ -17,17 +17,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("export.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder; the files go into its folder onnx or aot")
-    formats = "onnx: for onnxruntime and browsers; aot: one file for this kind of processor or GPU"
+    formats = "onnx: for onnxruntime and browsers; aot: files for this kind of processor or GPU"
     parser.add_argument("--to", choices=("onnx", "aot"), required=True, help=formats)
     parser.add_argument("--dynamic_size", action="store_true", help="onnx: accept any multiple of the patch size")
     parser.add_argument("--attentions", action="store_true", help="onnx: also give the attention weights of each block")
-    parser.add_argument("--force", action="store_true", help="also write files that agree on less than 99%% of images")
-    images = "images to measure on (default: the dataset of the run if it is on the Hub, otherwise data/digits)"
+    parser.add_argument("--force", action="store_true", help="also write files with an agreement below 99%%")
+    images = "dataset to measure on (default: the dataset of the run if it is on the Hub, otherwise data/digits)"
     parser.add_argument("--dataset_name", metavar="NAME", help=images)
     parser.add_argument("--dataset_config_name", metavar="NAME", help="configuration of the dataset")
     parser.add_argument("--image_column_name", metavar="NAME", help="column of the images, if there are several")
     parser.add_argument("--label_column_name", metavar="NAME", help="column of the labels, if there are several")
-    parser.add_argument("--max_eval_samples", type=int, default=500, help="images to measure on (default: 500)")
+    parser.add_argument("--max_eval_samples", type=int, default=500, help="number of images (default: 500)")
     return parser
 
 

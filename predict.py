@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", help="split of the dataset that IMAGES names: a Hub id, a folder or a file")
     parser.add_argument("--dataset_config_name", metavar="NAME", help="configuration of the dataset")
     parser.add_argument("--image_column_name", metavar="NAME", help="column of the images, if there are several")
-    uncertain = "uncertain: the images first that the model is least sure about, to label them (default: as found)"
+    uncertain = "uncertain: first the images that the model is least sure about, to label them (default: as found)"
     parser.add_argument("--sort", choices=["uncertain"], help=uncertain)
     parser.add_argument("--batch_size", type=int, default=16, help="images for the model at a time (default: 16)")
     return parser

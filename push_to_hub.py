@@ -27,7 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tag", help="tag to create once the commit is verified")
     message = "title of the commit (default: 'NAME, pushed by vit_simple', with the name of the folder)"
     parser.add_argument("--commit_message", metavar="TEXT", help=message)
-    parser.add_argument("--dry_run", action="store_true", help="only check, and print the files and the model card")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check and print only; with --space, also write the page"
+    )
     space = "also make a Space with a page that runs the model in the browser; needs export.py --to onnx"
     parser.add_argument("--space", action="store_true", help=space)
     parser.add_argument(

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/digits", help="checkpoint: a folder or a Hub id")
-    parser.add_argument("--dataset", default="data/digits", help="dataset with the columns image and label")
+    parser.add_argument("--dataset", default="data/digits", help="splits train and test, columns image and label")
     parser.add_argument("--output_dir", default="outputs/lora")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning_rate", type=float, default=5e-3)

@@ -4,8 +4,8 @@
     python examples/fine_tune_trainer.py --model your-name/your-vit --dataset path/to/images --bf16
 
 The learning rate, the number of epochs and other options depend on the number of training images, as in train.py. A
-tenth of these images measures each epoch. If the dataset has another number of classes than the checkpoint, the model
-gets a new head.
+tenth of them is held out and evaluated after each epoch. If the dataset has another number of classes than the
+checkpoint, the model gets a new head.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from vit_simple.training.optim import parameter_groups
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/digits", help="checkpoint: a folder or a Hub id")
-    parser.add_argument("--dataset", default="data/digits", help="dataset with the columns image and label")
+    parser.add_argument("--dataset", default="data/digits", help="splits train and test, columns image and label")
     parser.add_argument("--output_dir", default="outputs/fine-tuned")
     parser.add_argument("--epochs", type=int, help="default: what suits the number of images")
     parser.add_argument("--seed", type=int, default=0)

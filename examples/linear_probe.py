@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/digits", help="checkpoint: a folder or a Hub id")
-    parser.add_argument("--dataset", default="data/digits", help="dataset with the columns image and label")
+    parser.add_argument("--dataset", default="data/digits", help="splits train and test, columns image and label")
     parser.add_argument("--output_dir", default="outputs/probe")
     parser.add_argument("--weight_decay", type=float, default=1e-4, help="of the classifier")
     return parser.parse_args()

@@ -122,8 +122,8 @@ class TrainConfig:
         "model",
         None,
         None,
-        "checkpoint to fine-tune or evaluate: a folder, file or Hub id, of vit_simple, timm or transformers (default: "
-        "train from scratch)",
+        "checkpoint to fine-tune or evaluate: a folder, file or Hub id, of vit_simple, timm or transformers; without a "
+        "recipe, six other defaults follow, see docs/fine_tuning.md (default: train from scratch)",
     )
     conversion: dict | None = option(
         "model", None, None, "options of convert_checkpoint.py as YAML, for what that checkpoint does not state"
@@ -142,7 +142,7 @@ class TrainConfig:
         "model",
         None,
         COUNT,
-        "train low-rank additions to the attention weights, of this rank, and the head (LoRA, through peft)",
+        "train the head, and additions of this rank to the attention weights (LoRA, through peft)",
     )
     lora_save: str = option(
         "model",
@@ -230,7 +230,7 @@ class TrainConfig:
         "run",
         True,
         None,
-        "show images of the dataset in the model card; false keeps them out of the folder (default: true)",
+        "show images of the dataset in the model card; false keeps them out of the folder",
     )
 
     horizontal_flip: float = option(
