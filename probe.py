@@ -20,14 +20,22 @@ from vit_simple.configuration_vit_simple import pair
 from vit_simple.conversion.convert import Checkpoint
 from vit_simple.data.loading import ImageData
 from vit_simple.files import PREPROCESSOR, UserError, command_errors, terminal_text, write_atomically
-from vit_simple.inference.features import cached_features, fit_logistic, images_with_class, knn_votes, require_classes
+from vit_simple.inference.features import (
+    USUAL_STRENGTH,
+    cached_features,
+    choose_strength,
+    fit_logistic,
+    images_with_class,
+    knn_votes,
+    require_classes,
+)
 from vit_simple.sharing.card import build_card
 from vit_simple.sharing.card_text import confidence_interval
 from vit_simple.sharing.record import record
 from vit_simple.sharing.run import record_run
 from vit_simple.training.base import open_base
 from vit_simple.training.calibration import Fitted
-from vit_simple.training.checkpoint import log_metrics, save_result
+from vit_simple.training.checkpoint import count_changed_images, log_metrics, save_result
 from vit_simple.training.config import OPTIONS, TrainConfig, convert, unknown
 from vit_simple.training.devices import build_accelerator
 from vit_simple.training.folder import check_output_dir
@@ -100,7 +108,7 @@ def save(
     base: Checkpoint,
     model: ViTSimpleForImageClassification,
     processor: dict,
-    method: str,
+    facts: dict,
     results: dict[str, Evaluation],
 ):
     """Writes the complete checkpoint, with its model card, into --output_dir."""
@@ -109,7 +117,7 @@ def save(
     save_result(model, model.state_dict(), folder)
     write_atomically(folder / PREPROCESSOR, json.dumps(processor, indent=2) + "\n")
     record_run(config, data, base, folder)
-    record(folder, method=method)
+    record(folder, **facts)
     for split, result in results.items():
         log_metrics(accelerator, folder, 1, 0, split, weights="raw", **result.values)
     write_atomically(folder / "README.md", build_card(folder, license=config.license))
@@ -126,6 +134,8 @@ def sentence(name: str, correct: int, count: int, split: str) -> str:
 def main(arguments: list[str] | None = None):
     config = parse(sys.argv[1:] if arguments is None else arguments)
     accelerator, start = build_accelerator(config), time.perf_counter()
+    if accelerator.num_processes > 1:
+        raise UserError(f"probe.py runs in one process, got {accelerator.num_processes}: start it with python")
     base, data = open_base(config), load(config, accelerator)
     for line in data.report:
         print(terminal_text(line))
@@ -141,17 +151,21 @@ def main(arguments: list[str] | None = None):
     for k in sorted({min(k, count) for k in (10, 20)}):
         correct = (knn_votes(train, features, num_classes, k).argmax(-1) == classes).sum().item()
         print(sentence(f"k-NN, k = {k}", correct, len(classes), held_out))
-    head, strength = fit_logistic(*train, num_classes)
+    chosen = choose_strength(*train)
+    strength = chosen or USUAL_STRENGTH
+    head = fit_logistic(*train, num_classes, strength)
     metrics = METRICS_OF[data.labels.problem_type](data.labels, torch.device("cpu"), Fitted())
     metrics.update(head(features), classes)
     result = metrics.compute(accelerator)
     print(sentence("logistic regression", result.values["correct"], len(classes), held_out))
-    print(f"C = {strength:g}, chosen by cross-validation; {time.perf_counter() - start:.0f} s")
+    reason = "chosen by cross-validation" if chosen else "since fewer than two classes have several training images"
+    print(f"C = {strength:g}, {reason}; {time.perf_counter() - start:.0f} s")
     print_image_notes(accelerator, splits)
     if config.output_dir is not None:
         model.head.load_state_dict(head.state_dict())
         method = f"logistic regression (C = {strength:g}) on the features of the frozen backbone"
-        save(config, accelerator, data, base, model, processor, method, {held_out: result})
+        facts = {"method": method, "changed_images": count_changed_images(splits)}
+        save(config, accelerator, data, base, model, processor, facts, {held_out: result})
 
 
 if __name__ == "__main__":

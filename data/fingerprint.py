@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import os
 import re
-from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -37,7 +37,7 @@ def fingerprint(
         found[f"{split} rows"] = data.sizes[split]
         if isinstance(rows, Dataset):
             found[f"{split} labels"] = digest(rows[labels.column][:])
-            found[f"{split} images"] = hash_images(rows, data.image_column)
+            found[f"{split} images"] = hash_images(rows, data.image_column, data.sources)
         else:
             found[f"{split} shards"] = hash_shards(list(shards.get(split, [])))
     return found
@@ -58,29 +58,39 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
-def hash_images(rows: Dataset, column: str, limit: int = SAMPLE_IMAGES) -> str:
-    """A hash of at most `limit` images."""
+def hash_images(rows: Dataset, column: str, sources: tuple[str, ...], sample: bool = True) -> str:
+    """A hash of images.
+
+    Args:
+        sources: see `dataset_sources`.
+        sample: hash the first bytes of some images instead of all bytes of all images.
+    """
     found = hashlib.sha256()
     tables = rows.select_columns([column]).with_format("arrow")
-    for row in spread(len(rows), limit):
+    for row in spread(len(rows), SAMPLE_IMAGES if sample else len(rows)):
         (value,) = column_values(tables[row : row + 1], column)
-        found.update(hashlib.sha256(first_bytes(value)).digest())
+        found.update(hashlib.sha256(first_bytes(value, sources, SAMPLE_BYTES if sample else None)).digest())
     return found.hexdigest()
 
 
-def first_bytes(value) -> bytes:
-    """The first bytes of an array, or of an encoded image and its size; if there are none, the image's path."""
+def first_bytes(value, sources: tuple[str, ...], count: int | None) -> bytes:
+    """The first bytes of an array, or of an encoded image and its size; if there are none, the image's path.
+
+    Args:
+        sources: see `dataset_sources`.
+        count: how many; None for all.
+    """
     if isinstance(value, np.ndarray):
-        return value.tobytes()[:SAMPLE_BYTES]
+        return value.tobytes()[:count]
     if value is None:
         return b""
     if value["bytes"] is not None:
-        return b"%d " % len(value["bytes"]) + value["bytes"][:SAMPLE_BYTES]
-    path = Path(value["path"])
-    if not path.is_file():  # a device or a pipe is not opened: reading it might never end
+        return b"%d " % len(value["bytes"]) + value["bytes"][:count]
+    path = os.path.join(*sources[:1], value["path"])
+    if not os.path.isfile(path):  # a device or a pipe is not opened: reading it might never end
         return value["path"].encode()
     with open(path, "rb") as file:
-        return b"%d " % path.stat().st_size + file.read(SAMPLE_BYTES)
+        return b"%d " % os.path.getsize(path) + file.read(count)
 
 
 def hash_shards(files: list[str]) -> str:

@@ -1,13 +1,14 @@
 """Features of images, computed once and kept on the disk, and two classifiers on them: k-NN and logistic regression.
 
     features, classes = images_with_class(*cached_features(model, split))
-    head, strength = fit_logistic(features, classes, num_classes=10)
+    head = fit_logistic(features, classes, num_classes=10, strength=choose_strength(features, classes))
 
 `N` images, `D` width of the features, `K` classes.
 """
 
 import contextlib
 import copy
+import json
 import os
 import warnings
 from pathlib import Path
@@ -16,15 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .. import ViTSimpleForImageClassification, ViTSimpleModel, __version__
 from ..configuration_vit_simple import OWN_FIELDS
 from ..data.augment import Augment
-from ..data.dataloader import MapStyleSplit, seed_for
+from ..data.dataloader import MapStyleSplit, RowNotes, seed_for
 from ..data.fingerprint import digest, hash_images
 from ..data.labels import SINGLE, Labels
 from ..files import UserError
@@ -32,6 +33,7 @@ from .opening import hash_weights
 
 CACHE = Path(constants.HF_HOME) / "vit_simple" / "features"
 STRENGTHS = np.logspace(-5, 2, 8)  # cross-validation chooses one
+USUAL_STRENGTH = 0.1  # without cross-validation
 FOLDS = 5
 MAX_SEARCH_IMAGES = 10_000  # on which the strength is chosen; more of them take long and change little
 MAX_PROBE_IMAGES = 2_000  # of `quick_probe`
@@ -86,17 +88,23 @@ def extract_features(
 def cached_features(model: ViTSimpleForImageClassification, split: MapStyleSplit) -> tuple[torch.Tensor, torch.Tensor]:
     """`extract_features` of all rows, read from the disk if they were computed before.
 
-    The file's name is a hash of the images, the labels, the image processor, the config and the weights.
+    The file's name is a hash of the images, the labels, the image processor, the config and the weights. The file also
+    says which images could not be used, or have other pixels in a pipeline.
+
+    Raises:
+        BadImage: an image cannot be used, and may not be skipped.
     """
     file = CACHE / f"{key_of(model, split)}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError):
-        stored = load_file(file)
-        return stored["features"], stored["targets"]
+    with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as stored:
+        notes = RowNotes(**json.loads(stored.metadata()["notes"]))
+        split.record(notes)
+        return stored.get_tensor("features"), stored.get_tensor("targets")
     features, targets = extract_features(model, split)
     with contextlib.suppress(OSError, SafetensorError):  # they can be computed again
         CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
-        save_file({"features": features, "targets": targets}, unfinished)
+        metadata = {"notes": json.dumps({"bad": split.bad, "changed": split.changed})}
+        save_file({"features": features, "targets": targets}, unfinished, metadata)
         unfinished.replace(file)
     return features, targets
 
@@ -105,11 +113,11 @@ def key_of(model: ViTSimpleForImageClassification, split: MapStyleSplit) -> str:
     """A hash of everything that the features and the targets of a split depend on."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
     data, rows = split.data, split.rows
-    images = hash_images(rows, data.image_column, len(rows))
+    images = hash_images(rows, data.image_column, data.sources, sample=False)
     config = {name: getattr(model.config, name) for name in OWN_FIELDS}
     labels = [data.labels.class_names, data.labels.mean, data.labels.std, rows[data.labels.column][:]]
-    processor = split.decode.processor.to_dict()
-    return digest([__version__, config, hash_weights(weights), processor, split.split, labels, images])
+    pixels = [split.decode.processor.to_dict(), split.decode.bit_depth]
+    return digest([__version__, config, hash_weights(weights), pixels, split.split, labels, images])
 
 
 def images_with_class(features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,47 +189,60 @@ def knn_votes(
     return torch.cat(votes)
 
 
+def logistic_regression(strength: float = USUAL_STRENGTH):
+    """scikit-learn's logistic regression on standardized features, with the inverse strength C of its L2 penalty."""
+    # not at the top: it takes a second, and most training runs need none of it
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+
+
+def choose_strength(features: torch.Tensor, classes: torch.Tensor) -> float | None:
+    """The C of `logistic_regression` that is best in cross-validation, by log-likelihood.
+
+    It is chosen from a grid, as in DINOv2's evaluation (arXiv:2304.07193, section 7.1). Classes with one image are left
+    out; None if fewer than two others remain.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+    sample = np.sort(np.random.default_rng(0).permutation(len(classes))[:MAX_SEARCH_IMAGES])
+    x, y = features[sample].double().numpy(), classes[sample].numpy()
+    found, counts = np.unique(y, return_counts=True)
+    usable = counts > 1
+    if usable.sum() < 2:
+        return None
+    rows = np.isin(y, found[usable])
+    folds = StratifiedKFold(min(FOLDS, counts[usable].min()), shuffle=True, random_state=0)
+    grid = {"logisticregression__C": STRENGTHS}
+    search = GridSearchCV(logistic_regression(), grid, scoring="neg_log_loss", cv=folds, refit=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        search.fit(x[rows], y[rows])
+    return float(search.best_params_["logisticregression__C"])
+
+
 def fit_logistic(
-    features: torch.Tensor, classes: torch.Tensor, num_classes: int, search: bool = True
-) -> tuple[torch.nn.Linear, float]:
-    """A logistic regression as the head of a model, and the inverse strength C of its L2 penalty.
-
-    Features are standardized; the head includes that. As in DINOv2's evaluation (arXiv:2304.07193, section 7.1), C is
-    chosen from a grid: here by the log-likelihood in cross-validation.
-
-    Args:
-        search: False, or a class with one image, takes C = 0.1.
+    features: torch.Tensor, classes: torch.Tensor, num_classes: int, strength: float = USUAL_STRENGTH
+) -> torch.nn.Linear:
+    """A `logistic_regression` as the head of a model, which includes the standardization.
 
     Raises:
         UserError: all images have the same class.
     """
-    # not at the top: it takes a second, and most training runs need none of it
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold, train_test_split
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     x, y = features.double().numpy(), classes.numpy()
-    found, counts = np.unique(y, return_counts=True)
+    found = np.unique(y)
     if len(found) < 2:
         raise UserError("expected training images of at least two classes, got one")
-    regression, strength = LogisticRegression(max_iter=1000), 0.1
-    classifier = make_pipeline(StandardScaler(), regression)
+    scaler, regression = classifier = logistic_regression(strength)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        if search and counts.min() >= 2:
-            sample = np.arange(len(y))
-            if len(y) > MAX_SEARCH_IMAGES and len(found) < MAX_SEARCH_IMAGES:
-                sample, _ = train_test_split(sample, train_size=MAX_SEARCH_IMAGES, random_state=0, stratify=y)
-            folds = StratifiedKFold(min(FOLDS, counts.min()), shuffle=True, random_state=0)
-            grid = {"logisticregression__C": STRENGTHS}
-            grid_search = GridSearchCV(classifier, grid, scoring="neg_log_loss", cv=folds, refit=False)
-            grid_search.fit(x[sample], y[sample])
-            strength = grid_search.best_params_["logisticregression__C"]
-        classifier.set_params(logisticregression__C=strength).fit(x, y)
+        classifier.fit(x, y)
 
-    scaler = classifier[0]
     weight, bias = regression.coef_ / scaler.scale_, regression.intercept_
     bias = bias - weight @ scaler.mean_
     if len(found) == 2:  # scikit-learn has one row, for the second class
@@ -230,7 +251,7 @@ def fit_logistic(
     head.weight.zero_()
     head.bias.fill_(-30)  # of a class without training images; the best of the others is above 0
     head.weight[found], head.bias[found] = torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
-    return head, float(strength)
+    return head
 
 
 def quick_probe(
@@ -254,6 +275,6 @@ def quick_probe(
         parts.append(images_with_class(*extract_features(model, split, rows)) if rows else None)
     if None in parts or len(parts[0][1].unique()) < 2 or not len(parts[1][1]):
         return None
-    head, _ = fit_logistic(*parts[0], model.config.num_labels, search=False)
+    head = fit_logistic(*parts[0], model.config.num_labels)
     features, classes = parts[1]
     return (head(features).argmax(-1) == classes).sum().item(), len(classes)

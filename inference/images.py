@@ -67,7 +67,7 @@ class DatasetImages(Images):
             yield {"row": row, "path": as_text((value or {}).get("path") or "")}, value
 
     def fingerprint(self) -> str:
-        return digest([len(self), hash_images(self.rows, self.column)])
+        return digest([len(self), hash_images(self.rows, self.column, self.sources)])
 
 
 def as_text(path: str) -> str:

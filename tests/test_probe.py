@@ -1,4 +1,5 @@
 import re
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, load_dataset
@@ -7,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from tests.conftest import DIGITS
+from vit_simple import probe
 from vit_simple.files import read_metrics
 from vit_simple.inference import features
 from vit_simple.probe import main
@@ -53,6 +55,12 @@ def test_probe_refuses_what_it_cannot_measure(options, reason, run_folder, tmp_p
     label = [] if "--label_column_name" in options else ["--label_column_name", "label"]
     with pytest.raises(SystemExit, match=reason):
         main([str(run_folder), "--dataset_name", "data", *label, *options])
+
+
+def test_probe_refuses_several_processes(run_folder, monkeypatch):
+    monkeypatch.setattr(probe, "build_accelerator", lambda _: SimpleNamespace(num_processes=2))
+    with pytest.raises(SystemExit, match="runs in one process, got 2"):
+        main([str(run_folder), "--dataset_name", DIGITS])
 
 
 def test_probe_holds_out_images_if_there_is_only_one_split(run_folder, tmp_path, capsys):

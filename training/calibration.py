@@ -208,7 +208,7 @@ def best_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
     """
     if not positive.any():
         return 0.5
-    from sklearn.metrics import precision_recall_curve  # not at the top: see `inference.features.fit_logistic`
+    from sklearn.metrics import precision_recall_curve  # not at the top: see `inference.features.logistic_regression`
 
     precision, recall, thresholds = precision_recall_curve(positive, scores.astype(np.float64))
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)

@@ -7,9 +7,11 @@ from sklearn.linear_model import LogisticRegression
 
 from tests.conftest import DIGITS, data_of, images_of, photographs, processor, tiny
 from vit_simple import ViTSimpleModel, train
+from vit_simple.data.labels import IGNORED
+from vit_simple.data.reading import BadImage
 from vit_simple.files import UserError
 from vit_simple.inference import features
-from vit_simple.inference.features import cached_features, extract_features, fit_logistic, knn_votes
+from vit_simple.inference.features import cached_features, choose_strength, extract_features, fit_logistic, knn_votes
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,30 @@ def test_features_are_computed_again_for_another_image_or_weight_but_not_for_ano
     assert not torch.equal(cached_features(model, split)[0][2], before[0][2])
 
 
+def test_kept_features_know_the_images_that_could_not_be_used_or_have_other_pixels_in_a_pipeline(tmp_path):
+    files = photographs(tmp_path)
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    PIL.Image.new("LA", (40, 40)).save(tmp_path / "transparent.png")
+    data = data_of([*files, str(tmp_path / "broken.jpg"), str(tmp_path / "transparent.png")], [0, 1] * 3)
+    first, second, third = (
+        images_of(data, "test", processor(16), (16, 16), 0, act) for act in ("skip", "skip", "error")
+    )
+    model = tiny(num_labels=2)
+    for split in (first, second):
+        assert cached_features(model, split)[1].tolist() == [0, 1, 0, 1, IGNORED, 1]
+        assert len(split.bad) == len(split.changed) == 1
+    with pytest.raises(BadImage, match=r"row 4 .*broken\.jpg\) cannot be used"):
+        cached_features(model, third)
+
+
+def test_features_are_computed_again_for_another_bit_depth(tmp_path):
+    PIL.Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40)).save(tmp_path / "deep.png")
+    splits = [images_of(data_of([str(tmp_path / "deep.png")], [0]), "train", processor(16), (16, 16)) for _ in range(2)]
+    splits[0].decode.bit_depth = 12
+    dark, bright = (cached_features(tiny(), split)[0] for split in reversed(splits))
+    assert not torch.equal(dark, bright)
+
+
 def test_neighbors_vote_by_cosine():
     train = torch.tensor([[1.0, 0], [10, 1], [0, 1], [-1, 0]]), torch.tensor([0, 0, 1, 2])
     votes = knn_votes(train, torch.tensor([[5.0, 0.1], [0, 3]]), 3, k=3)
@@ -63,9 +89,9 @@ def test_logistic_head_predicts_what_scikit_learn_does(num_classes):
     rng = np.random.default_rng(0)
     classes = np.arange(60) % num_classes
     x = rng.normal(size=(60, 5)) * [1, 10, 0.1, 1, 1] + classes[:, None] * [1, 5, 0.1, 0, 2]
-    head, strength = fit_logistic(torch.tensor(x).float(), torch.tensor(classes), num_classes, search=False)
+    head = fit_logistic(torch.tensor(x).float(), torch.tensor(classes), num_classes, strength=0.1)
     standardized = (x - x.mean(0)) / x.std(0)
-    expected = LogisticRegression(C=strength, max_iter=1000).fit(standardized, classes).predict_proba(standardized)
+    expected = LogisticRegression(C=0.1, max_iter=1000).fit(standardized, classes).predict_proba(standardized)
     torch.testing.assert_close(
         head(torch.tensor(x).float()).softmax(-1).double(), torch.tensor(expected), rtol=0, atol=1e-4
     )
@@ -73,7 +99,7 @@ def test_logistic_head_predicts_what_scikit_learn_does(num_classes):
 
 def test_logistic_head_never_predicts_a_class_without_training_images():
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
-    head, _ = fit_logistic(x, (x[:, 0] > 0).long() * 2, 4)
+    head = fit_logistic(x, (x[:, 0] > 0).long() * 2, 4)
     assert set(head(100 * x).argmax(-1).tolist()) == {0, 2}
     with pytest.raises(UserError, match="at least two classes, got one"):
         fit_logistic(x, torch.zeros(40, dtype=torch.int64), 4)
@@ -83,7 +109,17 @@ def test_strength_of_the_penalty_is_chosen_by_cross_validation():
     """Labels of noise need a strong penalty, labels that a feature gives a weak one."""
     x = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
     noise = torch.arange(100) % 2
-    assert 10 * fit_logistic(x, noise, 2)[1] < fit_logistic(x, (x[:, 0] > 0).long(), 2)[1]
+    assert 10 * choose_strength(x, noise) < choose_strength(x, (x[:, 0] > 0).long())
+
+
+@pytest.mark.parametrize("limit", [98, 50])
+def test_strength_is_chosen_on_a_sample_and_without_classes_of_one_image(monkeypatch, limit):
+    monkeypatch.setattr(features, "MAX_SEARCH_IMAGES", limit)
+    x = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+    classes = (x[:, 0] > 0).long()
+    classes[:8] = torch.arange(2, 10)
+    assert choose_strength(x, classes) > 0.1
+    assert choose_strength(x, torch.arange(100)) is None
 
 
 def test_frozen_backbone_runs_once_for_each_image_with_the_result_of_the_slow_way(run_folder, tmp_path, monkeypatch):
