@@ -3,6 +3,7 @@
 `B` batch, `K` classes.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -88,6 +89,15 @@ def numbers_of(column: str, feature, kind: str) -> dict[int, float]:
         raise UserError(f"--problem_type {REGRESSION}: the classes in {column!r} are not numbers: {error}") from error
 
 
+def as_number(value, numbers: dict[int, float]):
+    """The number that a class of a regression stands for, NaN for -1, which stands for none.
+
+    Args:
+        numbers: see `numbers_of`; with {}, the value stays as it is.
+    """
+    return numbers.get(value, math.nan) if numbers else value
+
+
 def is_missing(value, kind: str) -> bool:
     """Whether a row has no label: None, NaN, an empty text, or -1 in a ClassLabel."""
     is_nan = isinstance(value, float) and math.isnan(value)
@@ -163,7 +173,7 @@ def count_labels(values: Iterable, kind: str, numbers: dict | None = None) -> La
     for row, value in enumerate(values):
         counts.num_rows += 1
         if kind == "number" and value is not None:
-            value = numbers.get(value, value)
+            value = as_number(value, numbers)
             if math.isfinite(value):  # Welford's algorithm
                 num_finite += 1
                 if len(counts.distinct) <= MAX_DISTINCT:
@@ -200,11 +210,15 @@ class LabelColumn:
         """See `label_kind`."""
         return label_kind(self.name, self.feature, self.problem_type)
 
+    @functools.cached_property
+    def numbers(self) -> dict[int, float]:
+        return numbers_of(self.name, self.feature, self.kind)
+
     def has_label(self, value) -> bool:
-        return not is_missing(value, self.kind)
+        return not is_missing(as_number(value, self.numbers), self.kind)
 
     def count(self, values: Iterable) -> LabelCounts:
-        return count_labels(values, self.kind, numbers_of(self.name, self.feature, self.kind))
+        return count_labels(values, self.kind, self.numbers)
 
     def build(self, train: LabelCounts | None) -> "Labels":
         return build_labels(self.name, self.feature, train, self.problem_type)
@@ -264,7 +278,7 @@ class Labels:
         if self.kind == "vector" and value and len(value) == len(self.class_names) and {0, 1}.issuperset(value):
             return [float(bit) for bit in value]
         if self.kind == "number":
-            value = self.classes.get(value, value)
+            value = as_number(value, self.classes)
             if value is not None and math.isfinite(value):
                 return [(value - self.mean) / self.std]
         raise BadLabel(f"label: expected {self.expected}, got {value}")

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +11,9 @@ import numpy as np
 import pyarrow.parquet
 import yaml
 from datasets import (
-    Array2D,
-    Array3D,
     Dataset,
     DatasetDict,
     Features,
-    Image,
     IterableDataset,
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -30,8 +27,9 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from tqdm import tqdm
 
 from ..files import ROOT, UserError
-from .folders import folder_notes, left_out_of_dataset, why_no_classes
-from .labels import LabelColumn, LabelCounts, Labels, column_names, find_label_column, label_notes, stored_names
+from .columns import find_columns, require_columns, select_columns
+from .folders import folder_notes, left_out_of_dataset
+from .labels import LabelColumn, LabelCounts, Labels, label_notes, stored_names
 from .reading import dataset_sources
 from .splitting import Selection, split_rows
 
@@ -116,13 +114,14 @@ def load_image_data(
     Raises:
         UserError: the dataset cannot be loaded, lacks a split or column, or has labels that cannot be learned.
     """
-    splits, path = load_splits(name, config_name, revision, streaming), local_path(name)
     report: list[str] = []
+    splits, path = load_splits(name, config_name, revision, streaming, report), local_path(name)
     origins: dict[str, tuple[str, np.ndarray]] = {}
     if splits["train"].info.builder_name == "imagefolder" and path.is_dir():
         report += folder_notes(path, {split: 0 if streaming else len(rows) for split, rows in splits.items()})
     features = splits["train"].features
     image_column, label_column = find_columns(features, image_column, label_column, path)
+    require_columns(splits, image_column, label_column, report)
     check_class_names(name, config_name, splits, label_column)
     splits, shape = select_columns(splits, image_column, label_column)
     column = LabelColumn(label_column, features[label_column], problem_type, on_missing_label == "skip")
@@ -136,7 +135,9 @@ def load_image_data(
             selections[split] = selection.sample(max_train_samples if split == "train" else max_eval_samples, seed)
         splits = {split: selection.rows for split, selection in selections.items()}
         origins = {split: (selection.split, selection.numbers) for split, selection in selections.items()}
-        counts["train"] = column.count(splits["train"][label_column][:])
+        several, counts["train"] = counts["train"].occurrences, column.count(splits["train"][label_column][:])
+        if len(counts["train"].occurrences) == 1 < len(several):
+            raise UserError(f"--max_train_samples: {max_train_samples} random images are all of one class; use more")
         labels.fit(counts["train"])
         sizes = {split: len(rows) for split, rows in splits.items()}
     report += label_notes(labels, column.feature, counts.get("train"))
@@ -211,9 +212,12 @@ def is_saved(path: Path) -> bool:
 
 
 def load_splits(
-    name: str, config_name: str | None = None, revision: str | None = None, streaming: bool = False
+    name: str, config_name: str | None, revision: str | None, streaming: bool, report: list[str]
 ) -> dict[str, Dataset | IterableDataset]:
     """The splits "train" and, if they exist, "validation" and "test" of a dataset, see `open_splits`.
+
+    Args:
+        report: gets a line if there are other splits.
 
     Raises:
         UserError: it cannot be loaded, or has no "train" split.
@@ -222,6 +226,9 @@ def load_splits(
     if "train" not in splits:
         hint = "; a class cannot have the name of a split" if local_path(name).is_dir() else ""
         raise UserError(f"--dataset_name: expected a 'train' split in {name!r}, got {', '.join(splits)}{hint}")
+    if unused := [split for split in splits if split not in standard_names(splits).values()]:
+        names = ", ".join(map(repr, unused))
+        report.append(f"not used: the splits {names}; only train, test and validation (or valid, val, dev) are read")
     return standard_splits(splits)
 
 
@@ -255,11 +262,16 @@ def open_splits(
         return load_dataset(**builder_arguments(name, config_name, revision), streaming=streaming)
 
 
+def standard_names(splits: Container[str]) -> dict[str, str]:
+    """The standard name of each split that is used, and its own."""
+    validation = next((split for split in VALIDATION_NAMES if split in splits), "validation")
+    names = {"train": "train", "validation": validation, "test": "test"}
+    return {split: name for split, name in names.items() if name in splits}
+
+
 def standard_splits(splits: dict) -> dict:
     """The splits that are used, under their standard names."""
-    validation = next((split for split in VALIDATION_NAMES if split in splits), None)
-    names = {"train": "train", "validation": validation, "test": "test"}
-    return {split: splits[name] for split, name in names.items() if name in splits}
+    return {split: splits[name] for split, name in standard_names(splits).items()}
 
 
 def stream_label_column(
@@ -272,61 +284,6 @@ def stream_label_column(
             return standard_splits(load_dataset(**arguments, streaming=True, columns=[label_column]))
         splits = standard_splits(load_dataset(**arguments, streaming=True))
     return {split: rows.select_columns([label_column]) for split, rows in splits.items()}
-
-
-# Columns
-
-
-def find_columns(features: Features, image_column: str | None, label_column: str | None, path: Path) -> tuple[str, str]:
-    """The names of the two columns; the error for a folder of images says why there are no labels."""
-    try:
-        return find_image_column(features, image_column), find_label_column(features, label_column)
-    except UserError as error:
-        reason = why_no_classes(path) if path.is_dir() and image_column is None and label_column is None else None
-        if reason is None:
-            raise
-        raise UserError(f"--dataset_name: {reason}") from error
-
-
-def find_image_column(features: Features, name: str | None) -> str:
-    """The column called `name`; without a name, the only column of images or, if there is none, of arrays.
-
-    Raises:
-        UserError: the named column is missing or of another type; without a name, no column or several could be meant.
-    """
-    images = [column for column, feature in features.items() if isinstance(feature, Image)]
-    arrays = [column for column, feature in features.items() if isinstance(feature, (Array2D, Array3D))]
-    candidates = images or arrays
-    if name is None and len(candidates) == 1:
-        return candidates[0]
-    if name in images + arrays:
-        return name
-    expected = "one Image column" if name is None else f"images in the column {name!r}"
-    hint = "" if candidates else "; a folder of images needs train/CLASS/ or a metadata.csv (file_name, label)"
-    raise UserError(f"--image_column_name: expected {expected}, got the columns {column_names(features)}{hint}")
-
-
-def array_shape(feature: Array2D | Array3D) -> tuple[int, int, int]:
-    """(C, H, W) of a column of arrays; arrays (H, W) have one channel.
-
-    Raises:
-        UserError: they are not uint8, or have no fixed shape.
-    """
-    if feature.dtype != "uint8" or None in feature.shape:
-        raise UserError(
-            "--image_column_name: expected uint8 arrays of a fixed shape (channels, height, width) or (height, width), "
-            f"got {feature.dtype} of shape {tuple(feature.shape)}"
-        )
-    return (1, *feature.shape) if isinstance(feature, Array2D) else tuple(feature.shape)
-
-
-def select_columns(splits: dict, image_column: str, label_column: str) -> tuple[dict, tuple[int, int, int] | None]:
-    """The splits with the two columns only and images left undecoded, and the shape (C, H, W) of arrays."""
-    feature = splits["train"].features[image_column]
-    splits = {split: rows.select_columns([image_column, label_column]) for split, rows in splits.items()}
-    if not isinstance(feature, Image):
-        return splits, array_shape(feature)
-    return {split: rows.cast_column(image_column, Image(decode=False)) for split, rows in splits.items()}, None
 
 
 # Labels
@@ -365,18 +322,27 @@ def iterate_labels(column: IterableDataset, split: str) -> Iterator:
             progress.update(len(labels))
 
 
-def check_splits(splits: dict, column: LabelColumn, counts: dict[str, LabelCounts], test: LabelCounts | None) -> Labels:
-    """The meaning of the labels; checks those that were counted and removes a test split whose labels are hidden.
+def check_splits(
+    splits: dict, column: LabelColumn, counts: dict[str, LabelCounts], test: LabelCounts | None, report: list[str]
+) -> Labels:
+    """The meaning of the labels; checks those that were counted.
+
+    Removes a split without rows, and a test split whose labels are hidden.
 
     Args:
         counts: the labels of each split, if they were read.
         test: labels of the test split, or some of them.
 
     Raises:
-        UserError: a split has a label that "train" does not define; see `build_labels`.
+        UserError: there are no training rows; a split has a label that "train" does not define; see `build_labels`.
     """
+    for split in [split for split, split_counts in counts.items() if not split_counts.num_rows]:
+        if split == "train":
+            raise UserError("--dataset_name: expected rows in the split 'train', got none")
+        report.append(f"the split {split!r} is not used, because it has no rows")
+        del splits[split], counts[split]
     labels = column.build(counts.get("train"))
-    if test is not None and labels.are_hidden(test):
+    if "test" in splits and test is not None and labels.are_hidden(test):
         del splits["test"]
         counts.pop("test", None)
     for split, split_counts in counts.items():
@@ -403,7 +369,7 @@ def check_rows(
             "--dataset_name: expected several classes in the split 'train', got images without labels or of only one "
             "class, which cannot be learned; add images of another class"
         )
-    labels = check_splits(splits, column, counts, counts.get("test"))
+    labels = check_splits(splits, column, counts, counts.get("test"), report)
     if "validation" not in splits and validation_fraction:
         targets = [labels.target(value) for value in values["train"]]
         kept, held_out = split_rows(targets, labels, validation_fraction, seed, report)
@@ -449,12 +415,12 @@ def check_stream(
                 size = split_counts.num_rows
                 note_left_out(split, split_counts.drop_missing(column.kind), size, report)
                 splits[split] = splits[split].filter(column.has_label, input_columns=[column.name])
-        labels = check_splits(splits, column, counts, counts.get("test"))
+        labels = check_splits(splits, column, counts, counts.get("test"), report)
         labels.fit(counts["train"])
         return labels, counts, {split: split_counts.num_rows for split, split_counts in counts.items()}
     sample = None
     if "test" in splits:
         first_labels = itertools.islice(iterate_labels(label_streams["test"], "test"), HIDDEN_LABELS_SAMPLE)
         sample = column.count(first_labels)
-    labels = check_splits(splits, column, {}, sample)
+    labels = check_splits(splits, column, {}, sample, report)
     return labels, {}, {split: sizes[split] for split in splits}

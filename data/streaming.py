@@ -17,7 +17,7 @@ from ..files import RunError, UserError
 from .dataloader import READ_BATCH_SIZE, ImageSplit, RowNotes
 from .decoding import PixelBatch
 from .loading import raise_user_error
-from .reading import BadImage
+from .reading import MACHINE_ERRORS, BadImage
 
 ROWS_PER_SHARD = 4096  # there are more than `max_shards` only if each has at least this many rows
 MAX_IDLE_EPOCHS = 3  # a reader may get an empty shard in one of them
@@ -196,7 +196,7 @@ class Reader(IterableDataset):
         worker = get_worker_info()
         try:
             yield from self.read(0 if worker is None else worker.id)
-        except (UserError, RunError, OSError, MemoryError) as error:
+        except (UserError, RunError, *MACHINE_ERRORS) as error:
             yield error
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset, Image
 
+from ..data.columns import find_image_column
 from ..data.dataloader import column_values
 from ..data.fingerprint import digest, hash_images
 from ..data.folders import IMAGES, files_in, left_out
-from ..data.loading import find_image_column, local_path, open_splits
+from ..data.loading import local_path, open_splits
 from ..data.reading import dataset_sources
 from ..files import UserError
 

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, Image, List, Value
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from vit_simple.data.labels import MULTI, SINGLE, Labels
+from vit_simple.data.labels import MULTI, REGRESSION, SINGLE, Labels
+from vit_simple.data.loading import load_image_data
+from vit_simple.files import UserError
 from vit_simple.train import main
 from vit_simple.training.step import criterion
 
@@ -76,6 +78,20 @@ def test_multi_label_classifier_trains_and_predicts_with_a_sigmoid(tmp_path, cap
     assert scores.sum(1).max() > 1.5  # the classes are independent; ten seeds: 1.97 or more
     for class_scores, is_present in zip(scores.T, present[72:].T > 0):
         assert class_scores[is_present].min() > class_scores[~is_present].max()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_without_name_is_no_number(tmp_path, streaming):
+    images = [PIL.Image.new("RGB", (8, 8), (row, 0, 0)) for row in range(8)]
+    features = Features({"image": Image(), "label": ClassLabel(names=["10", "20.5"])})
+    rows = Dataset.from_dict({"image": images, "label": [0, 1, -1, 0, 1, -1, 0, 1]}, features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    options = {"problem_type": REGRESSION, "validation_fraction": 0, "streaming": streaming}
+    with pytest.raises(UserError, match=r"got nan in row 2 .*\(2 such rows.*--on_missing_label skip"):
+        load_image_data(str(tmp_path), **options)
+    data = load_image_data(str(tmp_path), on_missing_label="skip", **options)
+    assert data.sizes == {"train": 6} and data.labels.mean == pytest.approx(15.25)
+    assert [row["label"] for row in data.splits["train"]] == [0, 1, 0, 1, 0, 1]
 
 
 def test_regression_trains_and_predicts_in_the_units_of_the_labels(tmp_path, capsys):

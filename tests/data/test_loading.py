@@ -200,6 +200,48 @@ def test_hidden_test_labels_leave_the_test_split_out(tmp_path, hidden):
         load(save(tmp_path / "set", [0, hidden], split="test"))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_split_whose_rows_are_all_left_out_is_not_used(tmp_path, split, streaming):
+    save(tmp_path / "set", [0, 1] * 4)
+    folder = save(tmp_path / "set", [None, None], split=split)
+    data = load(folder, on_missing_label="skip", streaming=streaming)
+    assert f"the split {split!r} is not used, because it has no rows" in data.report
+    assert data.sizes == ({"train": 8} if streaming else {"train": 6, "validation": 2})
+
+
+def saved(folder, **splits: Dataset) -> str:
+    DatasetDict(splits).save_to_disk(folder)
+    return str(folder)
+
+
+def test_split_without_labels_is_reported_if_it_is_test_and_refused_otherwise(tmp_path):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    train = Dataset.from_dict({"image": IMAGES[:8], "label": [0, 1] * 4}, features)
+    bare = train.remove_columns("label")
+    data = load(saved(tmp_path / "one", train=train, test=bare))
+    assert "the split 'test' is not used, because it has no column 'label'" in data.report
+    assert list(data.splits) == ["train", "validation"]
+    with pytest.raises(UserError, match="expected the column 'label' in the split 'validation', too, got the columns"):
+        load(saved(tmp_path / "two", train=train, validation=bare))
+
+
+def test_stream_without_training_rows_is_refused(tmp_path):
+    with pytest.raises(UserError, match="expected rows in the split 'train', got none"):
+        load(save(tmp_path / "set", []), streaming=True)
+
+
+def test_splits_that_are_not_used_are_named(tmp_path):
+    rows = Dataset.from_dict({"image": IMAGES[:8], "label": list("abababab")}).cast_column("image", Image())
+    data = load(saved(tmp_path / "set", train=rows, val=rows, dev=rows, holdout=rows))
+    assert data.report[0].startswith("not used: the splits 'dev', 'holdout'; only train, test and validation")
+
+
+def test_sample_of_one_class_names_the_option_that_drew_it():
+    with pytest.raises(UserError, match="--max_train_samples: 1 random images are all of one class; use more"):
+        load(DIGITS, max_train_samples=1)
+
+
 def test_train_split_is_required(tmp_path):
     with pytest.raises(UserError, match=r"expected a 'train' split in .*, got test"):
         load(save(tmp_path / "set", [0, 1], split="test"))
