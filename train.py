@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -85,6 +86,7 @@ def main(arguments: list[str] | None = None):
     config = parse_config(sys.argv[1:] if arguments is None else arguments, __doc__)
     check_output_dir(config)
     accelerator = build_accelerator(config)
+    config.mixed_precision = mixed_precision_of(config)
     config, data, base = open_inputs(config, accelerator)
     if config.push_to_hub:
         check_hub(config, base)
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None = None):
     if can_train_on_features(config, accelerator) and are_fixed(raw_model, splits["train"]):
         with accelerator.main_process_first():
             augment = train_on_features(raw_model, splits, config.label_smoothing_factor).to(accelerator.device)
-    use_bf16, on_gpu = mixed_precision_of(config) == "bf16", accelerator.device.type == "cuda"
+    use_bf16, on_gpu = config.mixed_precision == "bf16", accelerator.device.type == "cuda"
     if config.torch_compile and on_gpu:
         augment.compile()
     eval_options = augment, accelerator, config.per_device_eval_batch_size, use_bf16 and on_gpu, config.calibrate
@@ -139,7 +141,7 @@ def main(arguments: list[str] | None = None):
         record_run(config, data, base, folder)
         if config.resume_from_checkpoint:
             resume_metrics(folder, first_step)
-    if probes(config, data, accelerator):
+    if probes(config, data, accelerator) and checkpoint is None:
         images = total_steps * batch_size * accumulation * accelerator.num_processes
         found = on_main_process(accelerator, functools.partial(quick_probe, raw_model, splits, images))
         if is_main and found is not None:
@@ -254,7 +256,7 @@ def main(arguments: list[str] | None = None):
             write_card(config, folder)
     print_end(accelerator, folder, splits, last_split, best, result, validations.get(best))
     if config.push_to_hub and is_main:
-        command = f"python push_to_hub.py {folder} {config.hub_model_id}"
+        command = shlex.join(["python", "push_to_hub.py", str(folder), config.hub_model_id])
         with command_errors("train.py", lambda: f"the folder is complete; push it with {command}"):
             if message := background_push.wait():
                 accelerator.print(terminal_text(message))

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from ..data.dataloader import MapStyleSplit
 from ..data.randaugment import DRAWS_VERSION
 from ..data.streaming import StreamingSplit
-from ..files import RunError, errors_that_name, is_machine_failure, terminal_text
+from ..files import ADAPTER, RunError, errors_that_name, is_machine_failure, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .folder import FINISHED
 from .integrity import complete_checkpoints, damaged, delete, step_of, write_sums
@@ -230,6 +230,8 @@ def save_result(model: ViTSimpleForImageClassification, weights: dict, folder: P
         flush(unfinished)
         for path in sorted(unfinished.iterdir()):
             path.replace(folder / path.name)
+        for path in [folder / name for name in ADAPTER] if adapter_base is None else folder.glob("model*.safetensors*"):
+            path.unlink(missing_ok=True)  # of a result of the other kind, which would be loaded, too
     except (OSError, SafetensorError) as error:
         raise RunError(f"the weights cannot be saved in {folder}: {error}") from error
     finally:

@@ -1,9 +1,10 @@
 """The folder of a run: which one it is, whether a run can start or resume in it, and when it is finished."""
 
 import contextlib
-import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -45,10 +46,8 @@ def how_to_resume(folder: Path) -> str:
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         return f"there is no checkpoint in {folder}"
-    return (
-        f"the last good checkpoint is {checkpoint}; to continue, repeat the command with "
-        f"--output_dir {folder} --resume_from_checkpoint latest"
-    )
+    options = shlex.join(["--output_dir", str(folder), "--resume_from_checkpoint", "latest"])
+    return f"the last good checkpoint is {checkpoint}; to continue, repeat the command with {options}"
 
 
 def check_output_dir(config: TrainConfig):
@@ -81,7 +80,7 @@ def folder_of(checkpoint: Path, output_dir: str | None) -> Path:
 def choose_folder(config: TrainConfig) -> Path:
     """The folder that the options ask for.
 
-    A new run without --output_dir gets the next free outputs/NAME[-N]; `latest` gets the newest one in use.
+    A new run without --output_dir gets the next outputs/NAME[-N]; `latest` gets the last one in use.
     """
     resume = config.resume_from_checkpoint
     if resume not in (None, "latest"):
@@ -89,18 +88,18 @@ def choose_folder(config: TrainConfig) -> Path:
     if config.output_dir is not None:
         return Path(config.output_dir)
     name = file_name(Path(config.dataset_name).resolve().name)
-    numbered = (Path("outputs") / (f"{name}-{number}" if number > 1 else name) for number in itertools.count(1))
-    newest = None
+    outputs, numbered = Path("outputs"), re.compile(rf"{re.escape(name)}(?:-(\d+))?")
+    outputs.mkdir(exist_ok=True)
     while True:
-        folder = next(numbered)
-        if folder.exists():
-            newest = folder
-        elif resume and newest:
-            return newest
-        else:
-            with contextlib.suppress(FileExistsError):  # another run has just taken the name
-                folder.mkdir(parents=True)
-                return folder
+        matches = filter(None, (numbered.fullmatch(path.name) for path in outputs.iterdir()))
+        used = {int(match[1] or 1): outputs / match[0] for match in matches}
+        last = max(used, default=0)
+        if resume and used:
+            return used[last]
+        folder = outputs / (f"{name}-{last + 1}" if used else name)
+        with contextlib.suppress(FileExistsError):  # another run has just taken the name
+            folder.mkdir()
+            return folder
 
 
 def open_folder(config: TrainConfig, processes: int, data: dict[str, int | str]) -> tuple[Path, Path | None]:
@@ -183,6 +182,8 @@ def stored_recipe(folder: Path) -> dict:
 def check_recipe(folder: Path, recipe: dict):
     """Raises UserError with the options that differ from those of the run in the folder."""
     before = stored_recipe(folder)
+    if before["mixed_precision"] is None:  # an earlier version did not store the precision of `accelerate launch`
+        before["mixed_precision"] = recipe["mixed_precision"]
     names = [name for name in recipe if name not in FREE and recipe[name] != before[name]]
     if names:
         changes = ", ".join(f"{name} was {before[name]!r}, is now {recipe[name]!r}" for name in names)

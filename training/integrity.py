@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def damaged(checkpoint: Path, reason: str) -> UserError:
     """The error for a checkpoint that cannot be used; it names the newest other one that is good."""
     for other in reversed(complete_checkpoints(checkpoint.parent.parent)):
         if other.name != checkpoint.name and is_good(other):
-            return UserError(f"{reason}; the newest other good checkpoint: --resume_from_checkpoint {other}")
+            option = shlex.join(["--resume_from_checkpoint", str(other)])
+            return UserError(f"{reason}; the newest other good checkpoint: {option}")
     return UserError(f"{reason}; there is no other good checkpoint")
 
 

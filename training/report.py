@@ -1,6 +1,7 @@
 """What train.py prints, in the main process."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,7 +126,8 @@ def print_saved(accelerator: Accelerator, folder: Path):
         accelerator.print(terminal_text(f"the adapter is saved in {folder}, and README.md has the code that loads it"))
         return
     accelerator.print(terminal_text(f"saved in {folder}; load it anywhere on this machine with"))
-    code = f'transformers.pipeline("image-classification", "{folder.resolve()}", trust_remote_code=True)'
+    path = json.dumps(str(folder.resolve()), ensure_ascii=False)
+    code = f'transformers.pipeline("image-classification", {path}, trust_remote_code=True)'
     accelerator.print(f"  {terminal_text(code)}")
 
 

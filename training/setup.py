@@ -45,7 +45,7 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> tuple[TrainCon
     data = load_data(config, accelerator)
     if not config.eval_only:
         if base is not None:
-            config = with_resize_of(base, config)
+            config = with_resize_of(base, config, data)
             config = with_fine_tuning_defaults(config, data, base.config.hidden_size, accelerator.num_processes)
         config = fit_to_size(config, data, accelerator.num_processes)
     for line in data.report:
@@ -53,10 +53,10 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> tuple[TrainCon
     return config, data, base
 
 
-def with_resize_of(base: Checkpoint, config: TrainConfig) -> TrainConfig:
-    """The options, with --resize fit if the checkpoint pads its images and no option asks for crops."""
+def with_resize_of(base: Checkpoint, config: TrainConfig, data: ImageData) -> TrainConfig:
+    """The options, with --resize fit if the checkpoint pads its images and neither options nor arrays prevent it."""
     asks_for_crops = config.random_resized_crop or config.crop_pct is not None
-    if asks_for_crops or not pads(open_processor(base.processor)):
+    if asks_for_crops or data.array_shape is not None or not pads(open_processor(base.processor)):
         return config
     padding = replace(config, resize="fit")
     padding.undecided = config.undecided
@@ -112,8 +112,13 @@ def fit_to_size(config: TrainConfig, data: ImageData, num_processes: int) -> Tra
         UserError: the images do not fill one step.
     """
     count = data.sizes["train"]
-    images_per_batch = count // num_processes // config.gradient_accumulation_steps
-    batch_size = config.per_device_train_batch_size
+    accumulation, batch_size = config.gradient_accumulation_steps, config.per_device_train_batch_size
+    images_per_batch = count // num_processes // accumulation
+    if not images_per_batch:
+        raise UserError(
+            f"--gradient_accumulation_steps: expected at most {count // num_processes}, because there are {count} "
+            f"training images and {num_processes} processes, got {accumulation}"
+        )
     if batch_size is None:
         batch_size = max(1, min(DEFAULT_BATCH_SIZE, images_per_batch // 4))
         if batch_size < DEFAULT_BATCH_SIZE:
@@ -309,7 +314,8 @@ def build_splits(
     """The splits as pixels, decoded in memory if they are cached, and the content of preprocessor_config.json.
 
     Raises:
-        UserError: see `processor_content`; the checkpoint's image processor or the arrays have another size.
+        UserError: see `processor_content`; the checkpoint's image processor or the arrays have another size; no split
+            can be evaluated.
         BadImage: an image cannot be decoded, with --on_bad_image error.
     """
     shape = (data.channels, *image_size)
@@ -341,6 +347,8 @@ def build_splits(
         splits[name] = split = MapStyleSplit(*arguments)
         if config.cache_images == "auto" and split_area == 0 and fits_in_cache(data.sizes[name], shape):
             split.cache(quiet=not accelerator.is_main_process)
+    if not splits:
+        raise UserError("--eval_only: expected a validation or test split with labels, got only 'train'")
     return splits, content
 
 

@@ -44,10 +44,10 @@ def can_train_on_features(config: TrainConfig, accelerator: Accelerator) -> bool
 
 
 def probes(config: TrainConfig, data: ImageData, accelerator: Accelerator) -> bool:
-    """Whether a run begins by measuring the pretrained weights that it starts from."""
+    """Whether a new run begins by measuring the pretrained weights that it starts from."""
     suits = data.labels.problem_type == SINGLE and "validation" in data.splits and not config.streaming
-    is_new = config.model_name_or_path is not None and config.resume_from_checkpoint is None
-    return config.probe and suits and is_new and accelerator.distributed_type != DistributedType.FSDP
+    is_pretrained = config.model_name_or_path is not None
+    return config.probe and suits and is_pretrained and accelerator.distributed_type != DistributedType.FSDP
 
 
 def compile_blocks(model: ViTSimpleForImageClassification):
@@ -98,7 +98,8 @@ def augmented_batches(
     """Augmented training batches from a step on, without end: images (B, C, H, W) and targets (B, K) on the device.
 
     The seed of a batch decides its augmentation and what the model draws after it. On a GPU a batch is made on a stream
-    of its own while the batch before is computed, but not from a stream of rows, whose place is that of the last batch.
+    of its own while the batch before is computed, which then draws after the next seed; but not from a stream of rows,
+    whose place is that of the last batch.
 
     Args:
         waiting: a context that measures the time spent waiting for rows.

@@ -62,6 +62,22 @@ def test_batch_size_follows_the_number_of_images(tmp_path, capsys):
         train(folder, tmp_path, "--per_device_train_batch_size", "128")
 
 
+def test_evaluation_needs_other_images_than_those_for_training(tmp_path):
+    folder = write(tmp_path / "few", *classes("cat", "dog"))
+    train(folder, tmp_path)
+    with pytest.raises(SystemExit, match="--eval_only: expected a validation or test split with labels, got only"):
+        main(
+            [
+                "--eval_only",
+                "--model_name_or_path",
+                str(tmp_path / "run"),
+                "--dataset_name",
+                folder,
+                "--train_val_split=0",
+            ]
+        )
+
+
 def test_validation_split_gets_an_image_for_each_class(tmp_path):
     data = load_image_data(write(tmp_path, *classes(*"abcdefghij", count=3)))
     assert data.sizes == {"train": 20, "validation": 10} and len(set(data.splits["validation"]["label"])) == 10

@@ -46,7 +46,7 @@ def test_chosen_defaults_are_printed_stored_and_read_on_resume(run_folder, tmp_p
     options = ["--dataset_name", DIGITS, "--model_name_or_path", str(run_folder), "--output_dir", str(tmp_path / "run")]
     options += ["--max_train_samples", "200", "--max_eval_samples", "50", "--layer_decay", "0.9", "--save_steps", "50"]
     options += ["--num_train_epochs", "5"]
-    main(options)
+    main([*options, "--resume_from_checkpoint", "latest"])  # as a script starts a run that it may start again
     said, recipe = capsys.readouterr().out, yaml.safe_load((tmp_path / "run/train_config.yaml").read_text())
     (line,) = [line for line in said.splitlines() if line.startswith("defaults for fine-tuning on 200 images: ")]
     words = line.partition(": ")[2].split()

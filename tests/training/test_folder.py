@@ -17,7 +17,9 @@ from tests.conftest import DIGITS
 from vit_simple import train
 from vit_simple.files import UserError, read_metrics
 from vit_simple.train import main
-from vit_simple.training.integrity import complete_checkpoints, write_sums
+from vit_simple.training.config import TrainConfig
+from vit_simple.training.folder import choose_folder, how_to_resume
+from vit_simple.training.integrity import complete_checkpoints, damaged, write_sums
 
 MODEL = "{image_size: 8, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
 MODEL += "intermediate_size: 32}"
@@ -81,6 +83,35 @@ def test_named_checkpoint_of_a_finished_run_changes_nothing_until_it_is_replaced
     assert (run / "finished.json").is_file() and not (run / ".metrics.jsonl").exists()
     assert (run / "model.safetensors").read_bytes() == before[run / "model.safetensors"]
     assert [path.name for path in complete_checkpoints(run)] == ["step_000002", "step_000004", "step_000006"]
+
+
+def test_precision_of_the_launcher_is_kept_and_compared_when_a_run_resumes(run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` sets it
+    assert "mixed_precision was 'no', is now 'bf16'" in resume(run)
+    recipe = (run / "train_config.yaml").read_text()
+    assert "mixed_precision: 'no'\n" in recipe
+    (run / "train_config.yaml").write_text(recipe.replace("mixed_precision: 'no'", "mixed_precision: null"))
+    main([*OPTIONS, "--output_dir", str(run), "--resume_from_checkpoint", "latest"])  # as an earlier version wrote it
+    assert "mixed_precision: bf16\n" in (run / "train_config.yaml").read_text()
+
+
+def test_folder_without_a_name_is_the_next_or_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    new, latest = TrainConfig(dataset_name="cats"), TrainConfig(dataset_name="cats", resume_from_checkpoint="latest")
+    assert [choose_folder(config).name for config in (latest, new, latest)] == ["cats", "cats-2", "cats-2"]
+    shutil.rmtree("outputs/cats")
+    assert [choose_folder(config).name for config in (latest, new, latest)] == ["cats-2", "cats-3", "cats-3"]
+    shutil.rmtree("outputs")
+    Path("outputs").symlink_to("gone")
+    with pytest.raises(FileExistsError):
+        choose_folder(new)
+
+
+def test_commands_in_messages_can_be_pasted(run):
+    folder = run.rename(run.with_name("my run"))
+    assert f"--output_dir '{folder}' --resume_from_checkpoint latest" in how_to_resume(folder)
+    newest, other = reversed(complete_checkpoints(folder)[-2:])
+    assert f"--resume_from_checkpoint '{other}'" in str(damaged(newest, "damaged"))
 
 
 def test_damaged_older_checkpoint_leaves_the_newer_ones(run):

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from tests.conftest import DIGITS
 from vit_simple.conversion.convert import Checkpoint
-from vit_simple.files import UserError, read_json
+from vit_simple.files import ADAPTER, UserError, read_json
 from vit_simple.sharing.upload import push
 from vit_simple.train import main
 from vit_simple.training.config import TrainConfig, parse_config
@@ -89,6 +89,16 @@ def test_code_in_the_card_of_an_adapter_gives_the_merged_model(train, merged, mo
         main(["--eval_only", "--model_name_or_path", str(adapter), "--dataset_name", DIGITS])
     with pytest.raises(UserError, match="got an adapter of PEFT"):
         push(adapter, "user/name", license="mit")
+
+
+@pytest.mark.slow
+def test_result_of_the_other_kind_does_not_stay_in_the_folder(train, merged):
+    folder = shutil.copytree(merged, merged.parent / "both")
+    start = ["--output_dir", folder, "--resume_from_checkpoint", folder / "checkpoints/step_000020"]
+    for kind in ("adapter", "merged"):
+        train("unused", *start, "--lora_save", kind)
+        assert (folder / "model.safetensors").exists() == (kind == "merged")
+        assert all((folder / name).exists() == (kind == "adapter") for name in ADAPTER)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from tests.conftest import classes, data_of, tiny
 from vit_simple import ViTSimpleModel
 from vit_simple.conversion.processors import processor_output, processor_to_timm
 from vit_simple.data.labels import Labels
+from vit_simple.data.loading import ImageData
 from vit_simple.data.processors import open_processor, stock_processor
 from vit_simple.files import UserError
 from vit_simple.training.base import open_base
@@ -200,14 +201,16 @@ def test_resize_fit_pads_and_never_crops(checkpoint):
 def test_fine_tuning_pads_images_if_the_checkpoint_does(checkpoint):
     base = open_base(TrainConfig(model_name_or_path=checkpoint[1]))
     content = processor_content(TrainConfig(resize="fit"), (24, 24), cropped=False, base=base)
-    for processor, options, expected in (
-        (content, [], "fit"),
-        (content, ["--random_resized_crop", "0.5"], "auto"),
-        (content, ["--crop_pct", "0.9"], "auto"),
-        (base.processor, [], "auto"),
+    for processor, options, shape, expected in (
+        (content, [], None, "fit"),
+        (content, ["--random_resized_crop", "0.5"], None, "auto"),
+        (content, ["--crop_pct", "0.9"], None, "auto"),
+        (content, [], (3, 24, 24), "auto"),
+        (base.processor, [], None, "auto"),
     ):
         config = parse_config(["--model_name_or_path", checkpoint[1], *options])
-        changed = with_resize_of(replace(base, processor=processor), config)
+        images = ImageData({}, "image", classes(*NAMES), {}, shape)
+        changed = with_resize_of(replace(base, processor=processor), config, images)
         assert changed.resize == expected and changed.undecided == config.undecided
 
 

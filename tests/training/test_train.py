@@ -385,6 +385,7 @@ def test_bad_image_stops_the_run_or_is_skipped_and_listed(tmp_path, capsys):
         (["--dataset_name", "no/such/folder"], "--dataset_name: 'no/such/folder' cannot be loaded"),
         (["--image_column_name", "picture"], "--image_column_name: expected images in the column 'picture'"),
         (["--per_device_train_batch_size", "2000"], "expected at most 1293, so that the training images fill one step"),
+        (["--gradient_accumulation_steps", "2000"], "--gradient_accumulation_steps: expected at most 1293, because"),
         (["--output_dir", "file/run"], "--output_dir: file/run cannot be written: Not a directory"),
         (["--output_dir", "file"], "--output_dir: file cannot be written: File exists"),
     ],
