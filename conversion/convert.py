@@ -18,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair, refuse_kernels
+from ..data.processors import names_class
 from ..files import (
     CODE,
     PREPROCESSOR,
@@ -33,6 +34,7 @@ from ..files import (
 from .processors import (
     FAMILIES,
     FAMILY_OF_TYPE,
+    PROCESSOR_OF_TYPE,
     family_processor,
     fit_processor,
     override_processor,
@@ -262,18 +264,28 @@ def no_processor(base_model: str | None) -> str:
 
 def stored_processor(folder: Path | None, base_model: Any, report: list[str]) -> dict:
     """The image processor of a folder or of its base model; {} if neither has one."""
-    if folder is not None:
-        combined = read_json(folder / "processor_config.json").get("image_processor")
-        if processor := read_json(folder / PREPROCESSOR) or combined:
-            return processor
+    if folder is not None and (processor := read_processor(folder)):
+        return processor
     if not isinstance(base_model, str):
         return {}
+    optional = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
     try:
         file = Path(cached_file(base_model, PREPROCESSOR))
+        cached_file(base_model, "config.json", **optional)  # comes to lie beside it
     except (OSError, ValueError):  # not found, no access, no name of a repository
         return {}
     report.append(f"took the image processor of the base model, {base_model}, because the checkpoint has none")
-    return read_json(file)
+    return read_processor(file.parent)
+
+
+def read_processor(folder: Path) -> dict:
+    """The image processor of a folder, {} if it has none; if it names no class, with that of the model's type."""
+    combined = read_json(folder / "processor_config.json").get("image_processor")
+    processor = read_json(folder / PREPROCESSOR) or combined
+    if not processor or names_class(processor):
+        return processor or {}
+    model_type = str(read_json(folder / "config.json").get("model_type"))
+    return processor | {"image_processor_type": PROCESSOR_OF_TYPE.get(model_type)}
 
 
 # Writing

@@ -25,6 +25,10 @@ FAMILIES = {  # resampling; crop fraction, None to squash the whole image; mean 
     "clip": (BICUBIC, 1.0, OPENAI),
 }
 FAMILY_OF_TYPE = {"vit_mae": "mae", "dinov2": "dinov2", "dinov2_with_registers": "dinov2"}
+PROCESSOR_OF_TYPE = {  # the class that transformers opens for a model_type if preprocessor_config.json names none
+    **{name: "ViTImageProcessor" for name in ("vit", "vit_mae")},
+    **{"deit": "DeiTImageProcessor", "dinov2": "BitImageProcessor", "clip": "CLIPImageProcessor"},
+}
 INTERPOLATIONS = [method.name.lower() for method in PIL.Image.Resampling]
 SQUASHED = "the image processor squashes images, because center crops are square and the model's input is not"
 EXPECTED = "expected size, resample, image_mean and image_std"

@@ -444,6 +444,41 @@ def test_old_image_processor_is_converted_with_its_size(shards, tmp_path):
     assert open_folder(tmp_path / "out").config.image_size == 32
 
 
+OLD = {"do_resize": True, "size": 16, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.4] * 3}
+
+
+@pytest.mark.parametrize("family", ["google/vit", "MAE", "DINOv2", "CLIP with text"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"size": 24, "crop_size": 16}, {"feature_extractor_type": "ViTFeatureExtractor"}], ids=str
+)
+def test_old_image_processor_gives_the_pixels_that_transformers_gives(peer, tmp_path, family, fields):
+    """google/vit-base-patch16-224 names no class: transformers takes the one for the model_type in config.json."""
+    peer(family)
+    (tmp_path / "peer/preprocessor_config.json").write_text(json.dumps(OLD | fields))
+    convert(tmp_path / "peer", tmp_path / "out")
+    image = PIL.Image.effect_noise((40, 30), 60).convert("RGB")
+    theirs, ours = (
+        AutoImageProcessor.from_pretrained(tmp_path / name)(image, return_tensors="pt").pixel_values
+        for name in ("peer", "out")
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_old_image_processor_of_the_base_model_is_opened_by_its_config(peer, tmp_path):
+    peer("google/vit")
+    shutil.copytree(tmp_path / "peer", tmp_path / "base")
+    (tmp_path / "base/preprocessor_config.json").write_text(json.dumps(OLD))
+    convert(tmp_path / "peer", tmp_path / "out", base_model=str(tmp_path / "base"))
+    written = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert (written["image_processor_type"], written["size"]) == ("ViTImageProcessor", {"height": 16, "width": 16})
+
+
+def test_image_processor_of_no_class_that_transformers_knows_is_refused_in_one_line(peer, tmp_path):
+    peer("DINOv2 with registers")
+    (tmp_path / "peer/preprocessor_config.json").write_text(json.dumps(OLD))
+    assert refusal(tmp_path, tmp_path / "peer").startswith("preprocessor_config.json: expected image_processor_type,")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_conversion_copies_into_memory_only_the_tensors_that_it_joins(peer, tmp_path):
     peer("google/vit")
