@@ -531,6 +531,13 @@ def test_exported_card_names_library_license_and_how_to_load(tmp_path, to, snipp
     assert all(f"- {line}" in card.text for line in report) and ("## Conversion" in card.text) == bool(report)
 
 
+def test_converted_checkpoint_has_no_commit_where_git_is_not_installed(peer, tmp_path, monkeypatch):
+    peer("google/vit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    convert(tmp_path / "peer", tmp_path / "out", family="google")
+    assert json.loads((tmp_path / "out/provenance.json").read_text())["commit"] is None
+
+
 def test_convert_command_prints_the_report(peer, tmp_path, capsys):
     peer("google/vit in21k")
     main([str(tmp_path / "peer"), str(tmp_path / "out"), "--family", "google", "--base_model", "google/vit"])
