@@ -68,6 +68,7 @@ class Checkpoint:
     inherited: license and base model, for the model card
     report: one line for everything that was dropped or assumed
     origin: library or repository, and name of the checkpoint
+    source: Hub id, or the name of a folder or file
     """
 
     config: ViTSimpleConfig
@@ -76,6 +77,7 @@ class Checkpoint:
     inherited: dict
     report: list[str]
     origin: str = ""
+    source: str = ""
 
 
 # Opening
@@ -154,9 +156,10 @@ def open_checkpoint(
     tensors, prefix = unwrap(load_tensors(files), key, report)
     check_storages(tensors, str(files[0] if len(files) == 1 else folder))
     metadata = read_metadata(source, folder, content, base_model)
+    processor_base = base_model or (inherited(folder).get("base_model") if folder else None)
     preprocessing = {name: value for name, value in preprocessing.items() if value is not None}
     is_clip = "norm_pre.weight" in tensors or str(model_type).startswith("clip")
-    make_processor = choose_processor(folder, content, family, preprocessing, is_clip, metadata, report)
+    make_processor = choose_processor(folder, content, family, preprocessing, is_clip, processor_base, report)
     missing = [] if make_processor else [no_processor(base_model)]
 
     if model_type is None:
@@ -176,7 +179,8 @@ def open_checkpoint(
     if not is_ours:
         config = with_image_size(config, processor_output(processor), report)
     processor = override_processor(fit_processor(processor, config, report), preprocessing)
-    return Checkpoint(config, tensors, processor, metadata, report, f"{library} {source_name(source, content)}")
+    name = Path(source).resolve().name if Path(source).exists() else source
+    return Checkpoint(config, tensors, processor, metadata, report, f"{library} {timm_name(content) or name}", name)
 
 
 def read_metadata(source: str, folder: Path | None, content: dict, base_model: str | None) -> dict:
@@ -184,17 +188,17 @@ def read_metadata(source: str, folder: Path | None, content: dict, base_model: s
     metadata = inherited(folder) if folder else {}
     if license := (content.get("pretrained_cfg") or {}).get("license"):
         metadata = {"license": license} | metadata
+    if base_model is not None:
+        return metadata | {"base_model": base_model}
     if folder and not Path(source).exists():
         metadata |= {"base_model": source, "base_model_revision": folder.name}  # of a snapshot: its commit
-    return metadata | ({} if base_model is None else {"base_model": base_model})
+    return metadata
 
 
-def source_name(source: str, content: dict) -> str:
-    """timm's name of a model, a Hub id, or the name of a file or folder."""
-    tag = (content.get("pretrained_cfg") or {}).get("tag")
-    if architecture := content.get("architecture"):
-        return f"{architecture}.{tag}" if tag else architecture
-    return Path(source).resolve().name if Path(source).exists() else source
+def timm_name(content: dict) -> str:
+    """timm's name of a model, such as vit_base_patch16_224.mae; "" for other models."""
+    architecture, tag = content.get("architecture") or "", (content.get("pretrained_cfg") or {}).get("tag")
+    return f"{architecture}.{tag}" if architecture and tag else architecture
 
 
 def read_config(folder: Path) -> dict:
@@ -229,7 +233,7 @@ def choose_processor(
     family: str | None,
     preprocessing: dict,
     is_clip: bool,
-    metadata: dict,
+    base_model: Any,
     report: list[str],
 ) -> Callable[[tuple[int, int]], dict] | None:
     """The image processor for an image size: of the family that the user names, of the folder, of the base model, as
@@ -239,7 +243,7 @@ def choose_processor(
         return partial(family_processor, family)
     if pretrained := content.get("pretrained_cfg"):
         return partial(processor_from_timm, pretrained, report=report)
-    if stored := stored_processor(folder, metadata.get("base_model"), report):
+    if stored := stored_processor(folder, base_model, report):
         return lambda _: stored
     if {"image_mean", "image_std"} <= preprocessing.keys():
         defaults = {"interpolation": "bicubic", "crop_pct": 0.875}

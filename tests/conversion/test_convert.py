@@ -498,7 +498,8 @@ def test_converted_card_states_origin_and_report(peer, tmp_path):
     report = convert(tmp_path / "peer", tmp_path / "out", family="google", base_model="google/vit")
     card = ModelCard.load(tmp_path / "out/README.md")
     assert (card.data.library_name, card.data.base_model) == ("transformers", "google/vit")
-    assert "with the weights of google/vit" in card.text and f"- {report[0]}" in card.text
+    assert "with the weights of peer, based on google/vit. It" in card.text and f"- {report[0]}" in card.text
+    assert "The converted weights were not re-evaluated." in card.text  # the results of google/vit are those of others
 
 
 @pytest.mark.parametrize(
@@ -526,7 +527,9 @@ def test_exported_card_names_library_license_and_how_to_load(tmp_path, to, snipp
     card = ModelCard.load(tmp_path / "exported/README.md")
     metadata = card.data.library_name, card.data.pipeline_tag, card.data.license, card.data.base_model
     assert metadata == (to, "image-classification", "mit", "a/b")
-    assert card.text.startswith(f"# exported\n\nA plain Vision Transformer for {to} with the weights of a/b.")
+    assert card.text.startswith(
+        f"# exported\n\nA plain Vision Transformer for {to} with the weights of ours, based on a/b."
+    )
     assert f"```python\n{snippet}\n```" in card.text
     assert all(f"- {line}" in card.text for line in report) and ("## Conversion" in card.text) == bool(report)
 
@@ -591,3 +594,27 @@ main(["no/where", "nothing"])
     )
     card = ModelCard.load(tmp_path / "out/README.md").data
     assert (card.license, card.base_model, card.library_name) == ("apache-2.0", "meta/dinov2", "transformers")
+
+
+@pytest.mark.slow
+def test_fine_tuned_hub_repository_takes_the_image_processor_of_its_base_model(peer, tmp_path):
+    peer("google/vit")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "peer").iterdir()}
+    with Hub({}) as hub:
+        hub.create("models/google/vit", files | {"preprocessor_config.json": json.dumps(OLD).encode()})
+        hub.create("models/me/pets", files | {"README.md": b"---\nbase_model: google/vit\n---\n"})
+        code = """
+from vit_simple.convert_checkpoint import main
+main(["me/pets", "out"])
+main(["me/pets", "based", "--base_model", "google/vit"])
+"""
+        command = [sys.executable, "-c", code]
+        subprocess.run(command, env=hub.environment(tmp_path / "home"), cwd=tmp_path, check=True)
+        commit = hub.repos["models/me/pets"].at("main").sha
+    out, based = (ModelCard.load(tmp_path / name / "README.md") for name in ("out", "based"))
+    assert f"with the weights of me/pets (revision `{commit}`). It" in out.text and out.data.base_model == "me/pets"
+    assert "for the original results, see me/pets." in out.text
+    assert "with the weights of me/pets, based on google/vit. It" in based.text
+    assert based.data.base_model == "google/vit"
+    processors = [json.loads((tmp_path / name / "preprocessor_config.json").read_text()) for name in ("out", "based")]
+    assert [content["image_std"] for content in processors] == [OLD["image_std"]] * 2
