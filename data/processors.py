@@ -57,6 +57,11 @@ def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = Non
     }
 
 
+def side_before_crop(side: int, crop_pct: float) -> int:
+    """The side in pixels of which a center crop to `side` keeps the fraction `crop_pct`, rounded as timm does."""
+    return math.floor(side / crop_pct)
+
+
 def padding_fields(image_size: tuple[int, int]) -> dict:
     """The fields of preprocessor_config.json that resize the whole image to fit into `image_size` and pad it in black.
 

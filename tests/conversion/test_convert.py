@@ -1,6 +1,7 @@
 """Checkpoints of transformers are converted to ours and back; those of timm are in test_timm.py."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from vit_simple.conversion.convert import open_checkpoint
 from vit_simple.conversion.processors import SQUASHED, fit_processor, processor_from_timm, processor_to_timm
 from vit_simple.conversion.state_dict import DROPPED
 from vit_simple.convert_checkpoint import convert, main
+from vit_simple.data.processors import stock_processor
 from vit_simple.files import UserError
 
 SIZES = {name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")}
@@ -357,6 +359,13 @@ def test_timm_preprocessing_survives_the_round_trip(mode, part):
     assert cfg.items() <= back.items() and not report
     processor_from_timm(cfg, (16, 32), report)
     assert report == ([SQUASHED] if mode == "center" else [])
+
+
+@pytest.mark.parametrize("crop, resized", [(224, 256), (224, 400), (224, 450), (28, 50), (384, 900)])
+def test_crop_fraction_makes_timm_resize_to_the_same_side(crop, resized):
+    config = ViTSimpleConfig(**TINY | {"image_size": crop})
+    fraction = processor_to_timm(stock_processor((crop, crop), resized), config)["crop_pct"]
+    assert math.floor(crop / fraction) == resized  # as in timm.data.transforms_factory
 
 
 def test_weight_file_with_its_own_name_ignores_the_files_beside_it(tmp_path):
