@@ -203,7 +203,7 @@ def fields_from_positions(content: dict, tensors: Tensors, fields: dict) -> dict
     prefix, positions = fields["use_class_token"] + fields["num_register_tokens"], tensors["pos_embed"].shape[1]
     patch_size = pair(fields["patch_size"])
     args, pretrained = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
-    size = args.get("img_size") or pretrained.get("input_size", ())[1:]
+    size = args.get("img_size") or (pretrained.get("input_size") or ())[1:]
     if size:
         if len(pair(size)) != 2:
             raise UserError(f"img_size or input_size: expected a height and a width, got {size}")
