@@ -22,10 +22,10 @@ DEIT3: KeyMap = {
     f"blocks.*.ls{branch}.gamma": f"blocks.*.gamma_{branch}" for branch in (1, 2)
 }  # the original DeiT III keys
 DINOV2 = {r"^register_tokens$": "reg_token", r"\.mlp\.w12\.": ".mlp.fc1.", r"\.mlp\.w3\.": ".mlp.fc2."}  # original keys
-# timm's config seldom states the number of attention heads, so it follows from the width: ours, and those of timm's
-# other ViTs, TinyCLIP, DINOv2 giant (1536) and CLIP bigG (1664).
+# timm's config seldom states the number of attention heads, so it follows from the width: the published ones of ours,
+# and those of timm's other ViTs, TinyCLIP, DINOv2 giant (1536) and CLIP bigG (1664).
 HEADS_BY_WIDTH = {
-    **{width: heads for width, _, heads, _ in VARIANTS.values()},
+    **{width: heads for name, (width, _, heads, _) in VARIANTS.items() if name != "notebook"},
     **{256: 4, 320: 5, 512: 8, 640: 10, 832: 13, 896: 14, 1152: 16, 1536: 24, 1664: 16},
 }
 HEADS_BY_NAME = {"vit_base_patch16_gap_224": 16}  # not what its width suggests

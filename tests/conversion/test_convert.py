@@ -236,10 +236,11 @@ def test_weight_files_that_are_damaged_or_hold_more_than_tensors_are_refused(tmp
 
 
 def test_convert_requires_options_if_there_is_no_config(tmp_path):
-    save_file(tiny().state_dict(), tmp_path / "plain.safetensors")
+    save_file(tiny(hidden_size=128).state_dict(), tmp_path / "plain.safetensors")  # as wide as the notebook's ViT
     save_file(tiny(pre_norm=True).state_dict(), tmp_path / "clip.safetensors")
     heads = {"num_attention_heads": 4}
-    assert "--num_attention_heads" in refusal(tmp_path, tmp_path / "plain.safetensors", family="deit")
+    said = refusal(tmp_path, tmp_path / "plain.safetensors", family="deit")
+    assert said == "--num_attention_heads is required: no config states it and width 128 is not a known one"
     assert "--family" in refusal(tmp_path, tmp_path / "plain.safetensors", **heads)
     assert "--hidden_act" in refusal(tmp_path, tmp_path / "clip.safetensors", **heads)
     report = convert(
