@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from ..configuration_vit_simple import ViTSimpleConfig, pair, refuse_kernels
 from ..data.processors import names_class
 from ..files import (
+    ADAPTER,
     CODE,
     PREPROCESSOR,
     ROOT,
@@ -48,7 +49,7 @@ from .timm import CONFIG_FIELDS, from_timm, to_timm
 from .transformers import check_type, from_transformers, to_transformers
 from .unwrap import unwrap
 
-DESCRIPTION = ("config.json", PREPROCESSOR, "processor_config.json", "README.md")
+DESCRIPTION = ("config.json", PREPROCESSOR, "processor_config.json", "README.md", ADAPTER[0])
 PICKLES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
 OTHER_PROCESSOR = f"or --family, one of {', '.join(FAMILIES)}; or --image_mean and --image_std"
 OPTIONS = {  # of `open_checkpoint`

@@ -588,15 +588,20 @@ def test_hub_repository_is_converted_and_an_unknown_one_is_refused(peer, tmp_pat
     card = b"---\nlicense: apache-2.0\n---\n"
     with Hub({}) as hub:
         hub.create("models/meta/dinov2", files | {"README.md": card, "other.bin": b"not wanted"})
+        hub.create("models/me/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
         code = """
+import contextlib
 from vit_simple.convert_checkpoint import main
 main(["meta/dinov2", "out"])
+with contextlib.suppress(SystemExit):
+    main(["me/adapter", "nothing"])
 main(["no/where", "nothing"])
 """
         environment = hub.environment(tmp_path / "home")
         command = [sys.executable, "-c", code]
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert not any("other.bin" in request.path for request in hub.log)
+    assert "expected a whole checkpoint, got an adapter of PEFT" in result.stderr
     assert "SOURCE: no file or folder no/where, and no Hub repository to read" in result.stderr
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert_alike(
