@@ -174,6 +174,11 @@ def fields_from_shapes(tensors: Tensors) -> dict:
         "blocks.0.mlp.fc1.weight": 2,
         "blocks.0.mlp.fc2.weight": 2,
     }
+    if any(re.search(r"\bembeddings\.patch_embedding", key) for key in tensors):
+        raise UserError(
+            "config.json is required for weights of transformers: put it into a folder with them, under the name "
+            "model.safetensors or pytorch_model.bin, and give that folder"
+        )
     if missing := [key for key in needed if key not in tensors]:
         raise UserError(f"expected the tensors of a plain ViT, got {join_names(tensors)} without {join_names(missing)}")
     for key, axes in (needed | {"head.weight": 2, "reg_token": 3}).items():

@@ -184,6 +184,12 @@ def test_transformers_tensors_that_contradict_the_config_are_named(peer, tmp_pat
     assert re.search(reason, refusal(tmp_path, tmp_path / "peer", family="google"))
 
 
+@pytest.mark.parametrize("family", ["google/vit", "DINOv2", "CLIP"])
+def test_transformers_weights_without_their_config_are_refused_with_where_it_must_lie(peer, tmp_path, family):
+    torch.save(peer(family).state_dict(), tmp_path / "a.bin")
+    assert refusal(tmp_path, tmp_path / "a.bin").startswith("config.json is required for weights of transformers: put")
+
+
 @pytest.mark.parametrize(
     "fields, reason",
     [
