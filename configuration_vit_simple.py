@@ -327,6 +327,8 @@ def complete_labels(num_labels=None, id2label=None, label2id=None) -> dict:
         wanted = "expected dictionaries of numbers and names"
         raise ValueError(f"ViTSimpleConfig.id2label and label2id: {wanted}, got {id2label} and {label2id}") from error
     names = names or {index: name for name, index in indices.items()}
+    if other := [name for name in (*names.values(), *indices) if not isinstance(name, str)]:
+        raise ValueError(f"ViTSimpleConfig.id2label and label2id: expected names to be strings, got {other[0]!r}")
     if id2label is None and len(names) < len(indices):
         raise ValueError(f"ViTSimpleConfig.label2id: expected one name for each number, got {label2id}")
     if sorted(names) != list(range(len(names))) or not names:

@@ -195,6 +195,7 @@ RECORD_FIELDS = {
     "thresholds": dict[str, float] | None,
     "keep_score": float | None,
     "base_model_relation": str | None,
+    "source": str | None,
     "exports": {
         **{name: str for name in ("dataset", "split", "hardware")},
         **{name: int for name in ("images", "batch_size", "threads")},

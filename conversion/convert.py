@@ -18,7 +18,9 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair, refuse_kernels
+from ..data.processors import names_class
 from ..files import (
+    ADAPTER,
     CODE,
     PREPROCESSOR,
     ROOT,
@@ -33,6 +35,7 @@ from ..files import (
 from .processors import (
     FAMILIES,
     FAMILY_OF_TYPE,
+    PROCESSOR_OF_TYPE,
     family_processor,
     fit_processor,
     override_processor,
@@ -46,7 +49,7 @@ from .timm import CONFIG_FIELDS, from_timm, to_timm
 from .transformers import check_type, from_transformers, to_transformers
 from .unwrap import unwrap
 
-DESCRIPTION = ("config.json", PREPROCESSOR, "processor_config.json", "README.md")
+DESCRIPTION = ("config.json", PREPROCESSOR, "processor_config.json", "README.md", ADAPTER[0])
 PICKLES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
 OTHER_PROCESSOR = f"or --family, one of {', '.join(FAMILIES)}; or --image_mean and --image_std"
 OPTIONS = {  # of `open_checkpoint`
@@ -66,6 +69,7 @@ class Checkpoint:
     inherited: license and base model, for the model card
     report: one line for everything that was dropped or assumed
     origin: library or repository, and name of the checkpoint
+    source: Hub id, or the name of a folder or file
     """
 
     config: ViTSimpleConfig
@@ -74,6 +78,7 @@ class Checkpoint:
     inherited: dict
     report: list[str]
     origin: str = ""
+    source: str = ""
 
 
 # Opening
@@ -152,9 +157,10 @@ def open_checkpoint(
     tensors, prefix = unwrap(load_tensors(files), key, report)
     check_storages(tensors, str(files[0] if len(files) == 1 else folder))
     metadata = read_metadata(source, folder, content, base_model)
+    processor_base = base_model or (inherited(folder).get("base_model") if folder else None)
     preprocessing = {name: value for name, value in preprocessing.items() if value is not None}
     is_clip = "norm_pre.weight" in tensors or str(model_type).startswith("clip")
-    make_processor = choose_processor(folder, content, family, preprocessing, is_clip, metadata, report)
+    make_processor = choose_processor(folder, content, family, preprocessing, is_clip, processor_base, report)
     missing = [] if make_processor else [no_processor(base_model)]
 
     if model_type is None:
@@ -174,7 +180,8 @@ def open_checkpoint(
     if not is_ours:
         config = with_image_size(config, processor_output(processor), report)
     processor = override_processor(fit_processor(processor, config, report), preprocessing)
-    return Checkpoint(config, tensors, processor, metadata, report, f"{library} {source_name(source, content)}")
+    name = Path(source).resolve().name if Path(source).exists() else source
+    return Checkpoint(config, tensors, processor, metadata, report, f"{library} {timm_name(content) or name}", name)
 
 
 def read_metadata(source: str, folder: Path | None, content: dict, base_model: str | None) -> dict:
@@ -182,17 +189,17 @@ def read_metadata(source: str, folder: Path | None, content: dict, base_model: s
     metadata = inherited(folder) if folder else {}
     if license := (content.get("pretrained_cfg") or {}).get("license"):
         metadata = {"license": license} | metadata
+    if base_model is not None:
+        return metadata | {"base_model": base_model}
     if folder and not Path(source).exists():
         metadata |= {"base_model": source, "base_model_revision": folder.name}  # of a snapshot: its commit
-    return metadata | ({} if base_model is None else {"base_model": base_model})
+    return metadata
 
 
-def source_name(source: str, content: dict) -> str:
-    """timm's name of a model, a Hub id, or the name of a file or folder."""
-    tag = (content.get("pretrained_cfg") or {}).get("tag")
-    if architecture := content.get("architecture"):
-        return f"{architecture}.{tag}" if tag else architecture
-    return Path(source).resolve().name if Path(source).exists() else source
+def timm_name(content: dict) -> str:
+    """timm's name of a model, such as vit_base_patch16_224.mae; "" for other models."""
+    architecture, tag = content.get("architecture") or "", (content.get("pretrained_cfg") or {}).get("tag")
+    return f"{architecture}.{tag}" if architecture and tag else architecture
 
 
 def read_config(folder: Path) -> dict:
@@ -227,7 +234,7 @@ def choose_processor(
     family: str | None,
     preprocessing: dict,
     is_clip: bool,
-    metadata: dict,
+    base_model: Any,
     report: list[str],
 ) -> Callable[[tuple[int, int]], dict] | None:
     """The image processor for an image size: of the family that the user names, of the folder, of the base model, as
@@ -237,7 +244,7 @@ def choose_processor(
         return partial(family_processor, family)
     if pretrained := content.get("pretrained_cfg"):
         return partial(processor_from_timm, pretrained, report=report)
-    if stored := stored_processor(folder, metadata.get("base_model"), report):
+    if stored := stored_processor(folder, base_model, report):
         return lambda _: stored
     if {"image_mean", "image_std"} <= preprocessing.keys():
         defaults = {"interpolation": "bicubic", "crop_pct": 0.875}
@@ -262,18 +269,28 @@ def no_processor(base_model: str | None) -> str:
 
 def stored_processor(folder: Path | None, base_model: Any, report: list[str]) -> dict:
     """The image processor of a folder or of its base model; {} if neither has one."""
-    if folder is not None:
-        combined = read_json(folder / "processor_config.json").get("image_processor")
-        if processor := read_json(folder / PREPROCESSOR) or combined:
-            return processor
+    if folder is not None and (processor := read_processor(folder)):
+        return processor
     if not isinstance(base_model, str):
         return {}
+    optional = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
     try:
         file = Path(cached_file(base_model, PREPROCESSOR))
+        cached_file(base_model, "config.json", **optional)  # comes to lie beside it
     except (OSError, ValueError):  # not found, no access, no name of a repository
         return {}
     report.append(f"took the image processor of the base model, {base_model}, because the checkpoint has none")
-    return read_json(file)
+    return read_processor(file.parent)
+
+
+def read_processor(folder: Path) -> dict:
+    """The image processor of a folder, {} if it has none; if it names no class, with that of the model's type."""
+    combined = read_json(folder / "processor_config.json").get("image_processor")
+    processor = read_json(folder / PREPROCESSOR) or combined
+    if not processor or names_class(processor):
+        return processor or {}
+    model_type = str(read_json(folder / "config.json").get("model_type"))
+    return processor | {"image_processor_type": PROCESSOR_OF_TYPE.get(model_type)}
 
 
 # Writing

@@ -7,7 +7,7 @@ import PIL.Image
 from transformers import BaseImageProcessor
 
 from ..configuration_vit_simple import ViTSimpleConfig, pair
-from ..data.processors import open_processor, padding_fields, pads, stock_processor
+from ..data.processors import open_processor, padding_fields, pads, side_before_crop, stock_processor
 from ..files import PREPROCESSOR, UserError
 
 BILINEAR, BICUBIC = PIL.Image.Resampling.BILINEAR.value, PIL.Image.Resampling.BICUBIC.value
@@ -25,6 +25,10 @@ FAMILIES = {  # resampling; crop fraction, None to squash the whole image; mean 
     "clip": (BICUBIC, 1.0, OPENAI),
 }
 FAMILY_OF_TYPE = {"vit_mae": "mae", "dinov2": "dinov2", "dinov2_with_registers": "dinov2"}
+PROCESSOR_OF_TYPE = {  # the class that transformers opens for a model_type if preprocessor_config.json names none
+    **{name: "ViTImageProcessor" for name in ("vit", "vit_mae")},
+    **{"deit": "DeiTImageProcessor", "dinov2": "BitImageProcessor", "clip": "CLIPImageProcessor"},
+}
 INTERPOLATIONS = [method.name.lower() for method in PIL.Image.Resampling]
 SQUASHED = "the image processor squashes images, because center crops are square and the model's input is not"
 EXPECTED = "expected size, resample, image_mean and image_std"
@@ -38,7 +42,7 @@ def family_processor(family: str, image_size: tuple[int, int]) -> dict:
     if family == "dinov2" and image_size == (518, 518):  # it was trained last at this size, and is used at 224
         image_size = (224, 224)
     height, width = image_size
-    shortest_edge = math.floor(height / crop) if crop and height == width else None
+    shortest_edge = side_before_crop(height, crop) if crop and height == width else None
     return stock_processor(image_size, shortest_edge, resample) | normalization
 
 
@@ -128,7 +132,7 @@ def override_processor(content: dict, options: dict) -> dict:
         size, crop_pct = content.get("crop_size") or content["size"], options["crop_pct"]
         if not 0 < crop_pct <= 1 or size["height"] != size["width"]:
             raise UserError(f"--crop_pct: expected a fraction in (0, 1] and square images, got {crop_pct} and {size}")
-        edge = {"shortest_edge": math.floor(size["height"] / crop_pct)}
+        edge = {"shortest_edge": side_before_crop(size["height"], crop_pct)}
         crop = {"do_center_crop": True, "crop_size": size}
         content |= {"image_processor_type": "BitImageProcessor", "size": edge, **crop}
     return content
@@ -169,7 +173,7 @@ def processor_from_timm(pretrained: dict, image_size: tuple[int, int], report: l
             "pretrained_cfg: expected mean, std, an interpolation of Pillow and the crop_mode center or squash, "
             f"got {mean}, {std}, {interpolation} and {mode}"
         )
-    before_crop = {"height": math.floor(height / crop_pct), "width": math.floor(width / crop_pct)}
+    before_crop = {"height": side_before_crop(height, crop_pct), "width": side_before_crop(width, crop_pct)}
     if mode == "center" and height == width:
         content = stock_processor(image_size, before_crop["height"], resample.value)
     else:
@@ -209,6 +213,6 @@ def processor_to_timm(processor: dict, config: ViTSimpleConfig) -> dict:
 
 
 def crop_fraction(crop: int, resized: int) -> float:
-    """The shortest decimal fraction for which timm, which rounds crop / fraction down, gets `resized`."""
-    fractions = (round(crop / resized, digits) for digits in range(1, 17))
-    return next(fraction for fraction in fractions if math.floor(crop / fraction) == resized)
+    """A short decimal fraction for which timm gets `resized`; 224 / 0.56 is a little less than 400, so not that one."""
+    fractions = (round(crop / side, digits) for digits in range(1, 17) for side in (resized, resized + 0.5))
+    return next(fraction for fraction in fractions if side_before_crop(crop, fraction) == resized)

@@ -22,10 +22,10 @@ DEIT3: KeyMap = {
     f"blocks.*.ls{branch}.gamma": f"blocks.*.gamma_{branch}" for branch in (1, 2)
 }  # the original DeiT III keys
 DINOV2 = {r"^register_tokens$": "reg_token", r"\.mlp\.w12\.": ".mlp.fc1.", r"\.mlp\.w3\.": ".mlp.fc2."}  # original keys
-# timm's config seldom states the number of attention heads, so it follows from the width: ours, and those of timm's
-# other ViTs, TinyCLIP, DINOv2 giant (1536) and CLIP bigG (1664).
+# timm's config seldom states the number of attention heads, so it follows from the width: the published ones of ours,
+# and those of timm's other ViTs, TinyCLIP, DINOv2 giant (1536) and CLIP bigG (1664).
 HEADS_BY_WIDTH = {
-    **{width: heads for width, _, heads, _ in VARIANTS.values()},
+    **{width: heads for name, (width, _, heads, _) in VARIANTS.items() if name != "notebook"},
     **{256: 4, 320: 5, 512: 8, 640: 10, 832: 13, 896: 14, 1152: 16, 1536: 24, 1664: 16},
 }
 HEADS_BY_NAME = {"vit_base_patch16_gap_224": 16}  # not what its width suggests
@@ -174,6 +174,11 @@ def fields_from_shapes(tensors: Tensors) -> dict:
         "blocks.0.mlp.fc1.weight": 2,
         "blocks.0.mlp.fc2.weight": 2,
     }
+    if any(re.search(r"\bembeddings\.patch_embedding", key) for key in tensors):
+        raise UserError(
+            "config.json is required for weights of transformers: put it into a folder with them, under the name "
+            "model.safetensors or pytorch_model.bin, and give that folder"
+        )
     if missing := [key for key in needed if key not in tensors]:
         raise UserError(f"expected the tensors of a plain ViT, got {join_names(tensors)} without {join_names(missing)}")
     for key, axes in (needed | {"head.weight": 2, "reg_token": 3}).items():
@@ -203,7 +208,7 @@ def fields_from_positions(content: dict, tensors: Tensors, fields: dict) -> dict
     prefix, positions = fields["use_class_token"] + fields["num_register_tokens"], tensors["pos_embed"].shape[1]
     patch_size = pair(fields["patch_size"])
     args, pretrained = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
-    size = args.get("img_size") or pretrained.get("input_size", ())[1:]
+    size = args.get("img_size") or (pretrained.get("input_size") or ())[1:]
     if size:
         if len(pair(size)) != 2:
             raise UserError(f"img_size or input_size: expected a height and a width, got {size}")

@@ -17,8 +17,9 @@ from transformers.utils import is_torchvision_available
 from ..files import PREPROCESSOR, UserError, check_types
 
 MAX_SIDE = 2**14  # of the images that a processor makes
+CLASS_FIELDS = ("image_processor_type", "feature_extractor_type")  # the second one in old files
 FIELDS = {
-    "image_processor_type": str | None,
+    **{name: str | None for name in CLASS_FIELDS},
     **{f"do_{name}": bool | None for name in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")},
     **{f"do_{name}": bool | None for name in ("thumbnail", "align_long_axis", "pad")},
     **{name: int | dict[str, int | None] | None for name in ("size", "crop_size")},
@@ -54,6 +55,11 @@ def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = Non
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
+
+
+def side_before_crop(side: int, crop_pct: float) -> int:
+    """The side in pixels of which a center crop to `side` keeps the fraction `crop_pct`, rounded as timm does."""
+    return math.floor(side / crop_pct)
 
 
 def padding_fields(image_size: tuple[int, int]) -> dict:
@@ -102,6 +108,11 @@ def open_processor(content: dict) -> BaseImageProcessor:
             ) from error
 
 
+def names_class(content: dict) -> bool:
+    """Whether a preprocessor_config.json says which class opens it."""
+    return any(content.get(name) for name in CLASS_FIELDS)
+
+
 def check_content(content: dict):
     """Raises UserError if a preprocessor_config.json has a wrong type, or a value that makes no usable pixels."""
 
@@ -112,6 +123,8 @@ def check_content(content: dict):
             raise UserError(f"{PREPROCESSOR}: expected {name} to be {expected}, got {given}")
 
     check_types(content, FIELDS, PREPROCESSOR)
+    if not names_class(content):
+        raise UserError(f"{PREPROCESSOR}: expected image_processor_type, such as ViTImageProcessor, got none; add it")
     check("image_mean", "finite", math.isfinite)
     check("image_std", "positive", lambda value: 0 < value < math.inf)
     check("rescale_factor", "in (0, 1]", lambda value: 0 < value <= 1)

@@ -93,6 +93,11 @@ class Facts:
         return join(self.record.get("base_model") or "")
 
     @property
+    def source(self) -> str:
+        """The checkpoint that was converted to this one; the base model if an earlier version did not record it."""
+        return self.record.get("source") or self.base_model
+
+    @property
     def task(self) -> str:
         """The Hub's name of the task; the outputs of CLIP's projection are features."""
         labels = self.config.get("id2label", {"": ""}).values()
@@ -102,6 +107,18 @@ class Facts:
 
 def join(names: str | list[str]) -> str:
     return names if isinstance(names, str) else ", ".join(names)
+
+
+def at_revision(name: str, revision: str | None) -> str:
+    return markdown(name) + (f" (revision `{markdown(revision)}`)" if revision else "")
+
+
+def weights_of(source: str, base_model: str, revision: str | None = None) -> str:
+    """Whose weights were converted, and which model these are based on if that is another one."""
+    base = at_revision(base_model, revision)
+    if source == base_model:
+        return f" with the weights of {base}"
+    return f" with the weights of {markdown(source)}" + (f", based on {base}" if base else "")
 
 
 def card_text(facts: Facts, repo_id: str | None, tag: str | None) -> str:
@@ -151,14 +168,13 @@ def summary(facts: Facts) -> str:
     for path in facts.folder.glob("*model*.safetensors"):  # or of an adapter
         with safetensors.safe_open(path, "pt") as file:
             parameters += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    dataset, base, config = markdown(facts.dataset.get("name", "")), markdown(facts.base_model), facts.config
-    if base and (revision := facts.record.get("base_model_revision")):
-        base += f" (revision `{markdown(revision)}`)"
-    origin = ""
+    config, dataset = facts.config, markdown(facts.dataset.get("name", ""))
+    origin, revision = "", facts.record.get("base_model_revision")
     if dataset:
+        base = at_revision(facts.base_model, revision)
         origin = f" fine-tuned from {base} on {dataset}" if base else f" trained on {dataset}"
-    elif base:
-        origin = f" with the weights of {base}"
+    elif facts.source:
+        origin = weights_of(facts.source, facts.base_model, revision)
     whose = "The adapter" if (facts.folder / ADAPTER_CONFIG).exists() else "It"
     return (
         f"A plain Vision Transformer{origin}. It has {config['num_hidden_layers']} blocks of width "
@@ -311,8 +327,12 @@ def limitations(facts: Facts) -> str:
         lines.append(f"It has {classes}. It always predicts one of them, even if the image shows none.")
     if facts.result:
         lines.append("It was not evaluated on other datasets or for demographic bias.")
-    elif facts.base_model:
+    elif facts.dataset or not facts.source:
+        lines.append("It was not evaluated.")
+    elif facts.source == facts.base_model:
         lines.append(
-            f"The converted weights were not re-evaluated; for the original results, see {markdown(facts.base_model)}."
+            f"The converted weights were not re-evaluated; for the original results, see {markdown(facts.source)}."
         )
-    return "\n".join(lines) or "It was not evaluated."
+    else:
+        lines.append("The converted weights were not re-evaluated.")
+    return "\n".join(lines)

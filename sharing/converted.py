@@ -5,7 +5,7 @@ from pathlib import Path
 from ..conversion.convert import Checkpoint
 from ..files import INHERITED, read_json
 from .card import build_card, render
-from .card_text import PLACEHOLDER, bullets, join
+from .card_text import PLACEHOLDER, bullets, join, weights_of
 from .markdown import fenced, markdown
 from .record import record
 
@@ -13,7 +13,7 @@ from .record import record
 def write_card(checkpoint: Checkpoint, folder: Path, to: str = "vit_simple"):
     """Writes README.md and, for "vit_simple", the record; the report gets a line for what the card cannot state."""
     if to == "vit_simple":
-        record(folder, remarks=checkpoint.report, **checkpoint.inherited)
+        record(folder, source=checkpoint.source, remarks=checkpoint.report, **checkpoint.inherited)
         card = build_card(folder)
     else:
         card = exported_card(checkpoint, folder, to)
@@ -34,10 +34,10 @@ def exported_card(checkpoint: Checkpoint, folder: Path, library: str) -> str:
         options = ", add_pooling_layer=False" if name == "ViTModel" else ""
         snippet = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{repo_id}"{options})'
     task = "image-classification" if has_classes else "image-feature-extraction"
-    origin = join(checkpoint.inherited.get("base_model", "a vit_simple checkpoint"))
+    weights = weights_of(checkpoint.source, join(checkpoint.inherited.get("base_model", "")))
     sections = [
         f"# {markdown(folder.name)}",
-        f"A plain Vision Transformer for {library} with the weights of {markdown(origin)}.",
+        f"A plain Vision Transformer for {library}{weights}.",
         f"## Use\n\n{fenced(snippet, 'python')}",
         f"## Conversion\n\n{bullets(map(markdown, checkpoint.report))}" if checkpoint.report else "",
     ]

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,11 +41,13 @@ def versions() -> dict[str, str]:
 
 
 def source_commit() -> str | None:
-    """The git commit of this package, None if it is installed without its repository."""
+    """The git commit of this package, None if it is installed without its repository or there is no git."""
 
     def git(*arguments) -> str:
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
 
+    if shutil.which("git") is None:
+        return None
     repository = git("rev-parse", "--show-toplevel")
     if not repository or not ROOT.samefile(repository):  # a repository above an installed package is another one
         return None

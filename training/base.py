@@ -6,7 +6,7 @@ from ..configuration_vit_simple import ViTSimpleConfig, pair
 from ..conversion.convert import OPTIONS, Checkpoint, open_checkpoint
 from ..conversion.processors import FAMILIES, INTERPOLATIONS, fit_processor
 from ..conversion.timm import HIDDEN_ACTS
-from ..data.processors import stock_processor
+from ..data.processors import side_before_crop, stock_processor
 from ..files import UserError, check_types
 from ..modeling_vit_simple import ViTSimpleForImageClassification, resize
 from .config import TrainConfig, unknown
@@ -93,7 +93,7 @@ def base_processor(base: Checkpoint, image_size: tuple[int, int], crop_pct: floa
     if crop_pct is not None:
         if height != width:
             raise UserError(f"--crop_pct needs a square image_size, got {image_size}")
-        crop = stock_processor(image_size, round(height / crop_pct), content["resample"])
+        crop = stock_processor(image_size, side_before_crop(height, crop_pct), content["resample"])
         content = content | {
             name: crop[name] for name in ("image_processor_type", "size", "do_center_crop", "crop_size")
         }

@@ -14,7 +14,7 @@ from ..data.dataloader import MapStyleSplit, find_bit_depth, fits_in_cache, have
 from ..data.decoding import Decoder
 from ..data.labels import REGRESSION, SINGLE, Labels
 from ..data.loading import ImageData, load_image_data
-from ..data.processors import open_processor, padding_fields, pads, stock_processor
+from ..data.processors import open_processor, padding_fields, pads, side_before_crop, stock_processor
 from ..data.streaming import StreamingSplit
 from ..files import UserError, terminal_text
 from ..modeling_vit_simple import ViTSimpleForImageClassification
@@ -301,7 +301,8 @@ def processor_content(
         scale = {"image_mean": [0.5] * array_shape[0], "image_std": [0.5] * array_shape[0]}
         return stock_processor(image_size) | {"do_convert_rgb": False, "do_resize": False} | scale
     crops = height == width and (cropped or config.crop_pct is not None)
-    return stock_processor(image_size, round(height / (config.crop_pct or 0.875)) if crops else None) | padding
+    short = side_before_crop(height, config.crop_pct or 0.875) if crops else None
+    return stock_processor(image_size, short) | padding
 
 
 def build_splits(

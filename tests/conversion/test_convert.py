@@ -1,6 +1,7 @@
 """Checkpoints of transformers are converted to ours and back; those of timm are in test_timm.py."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from vit_simple.conversion.convert import open_checkpoint
 from vit_simple.conversion.processors import SQUASHED, fit_processor, processor_from_timm, processor_to_timm
 from vit_simple.conversion.state_dict import DROPPED
 from vit_simple.convert_checkpoint import convert, main
+from vit_simple.data.processors import stock_processor
 from vit_simple.files import UserError
 
 SIZES = {name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")}
@@ -182,6 +184,12 @@ def test_transformers_tensors_that_contradict_the_config_are_named(peer, tmp_pat
     assert re.search(reason, refusal(tmp_path, tmp_path / "peer", family="google"))
 
 
+@pytest.mark.parametrize("family", ["google/vit", "DINOv2", "CLIP"])
+def test_transformers_weights_without_their_config_are_refused_with_where_it_must_lie(peer, tmp_path, family):
+    torch.save(peer(family).state_dict(), tmp_path / "a.bin")
+    assert refusal(tmp_path, tmp_path / "a.bin").startswith("config.json is required for weights of transformers: put")
+
+
 @pytest.mark.parametrize(
     "fields, reason",
     [
@@ -234,10 +242,11 @@ def test_weight_files_that_are_damaged_or_hold_more_than_tensors_are_refused(tmp
 
 
 def test_convert_requires_options_if_there_is_no_config(tmp_path):
-    save_file(tiny().state_dict(), tmp_path / "plain.safetensors")
+    save_file(tiny(hidden_size=128).state_dict(), tmp_path / "plain.safetensors")  # as wide as the notebook's ViT
     save_file(tiny(pre_norm=True).state_dict(), tmp_path / "clip.safetensors")
     heads = {"num_attention_heads": 4}
-    assert "--num_attention_heads" in refusal(tmp_path, tmp_path / "plain.safetensors", family="deit")
+    said = refusal(tmp_path, tmp_path / "plain.safetensors", family="deit")
+    assert said == "--num_attention_heads is required: no config states it and width 128 is not a known one"
     assert "--family" in refusal(tmp_path, tmp_path / "plain.safetensors", **heads)
     assert "--hidden_act" in refusal(tmp_path, tmp_path / "clip.safetensors", **heads)
     report = convert(
@@ -359,6 +368,13 @@ def test_timm_preprocessing_survives_the_round_trip(mode, part):
     assert report == ([SQUASHED] if mode == "center" else [])
 
 
+@pytest.mark.parametrize("crop, resized", [(224, 256), (224, 400), (224, 450), (28, 50), (384, 900)])
+def test_crop_fraction_makes_timm_resize_to_the_same_side(crop, resized):
+    config = ViTSimpleConfig(**TINY | {"image_size": crop})
+    fraction = processor_to_timm(stock_processor((crop, crop), resized), config)["crop_pct"]
+    assert math.floor(crop / fraction) == resized  # as in timm.data.transforms_factory
+
+
 def test_weight_file_with_its_own_name_ignores_the_files_beside_it(tmp_path):
     tiny().save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
@@ -444,6 +460,41 @@ def test_old_image_processor_is_converted_with_its_size(shards, tmp_path):
     assert open_folder(tmp_path / "out").config.image_size == 32
 
 
+OLD = {"do_resize": True, "size": 16, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.4] * 3}
+
+
+@pytest.mark.parametrize("family", ["google/vit", "MAE", "DINOv2", "CLIP with text"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"size": 24, "crop_size": 16}, {"feature_extractor_type": "ViTFeatureExtractor"}], ids=str
+)
+def test_old_image_processor_gives_the_pixels_that_transformers_gives(peer, tmp_path, family, fields):
+    """google/vit-base-patch16-224 names no class: transformers takes the one for the model_type in config.json."""
+    peer(family)
+    (tmp_path / "peer/preprocessor_config.json").write_text(json.dumps(OLD | fields))
+    convert(tmp_path / "peer", tmp_path / "out")
+    image = PIL.Image.effect_noise((40, 30), 60).convert("RGB")
+    theirs, ours = (
+        AutoImageProcessor.from_pretrained(tmp_path / name)(image, return_tensors="pt").pixel_values
+        for name in ("peer", "out")
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_old_image_processor_of_the_base_model_is_opened_by_its_config(peer, tmp_path):
+    peer("google/vit")
+    shutil.copytree(tmp_path / "peer", tmp_path / "base")
+    (tmp_path / "base/preprocessor_config.json").write_text(json.dumps(OLD))
+    convert(tmp_path / "peer", tmp_path / "out", base_model=str(tmp_path / "base"))
+    written = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert (written["image_processor_type"], written["size"]) == ("ViTImageProcessor", {"height": 16, "width": 16})
+
+
+def test_image_processor_of_no_class_that_transformers_knows_is_refused_in_one_line(peer, tmp_path):
+    peer("DINOv2 with registers")
+    (tmp_path / "peer/preprocessor_config.json").write_text(json.dumps(OLD))
+    assert refusal(tmp_path, tmp_path / "peer").startswith("preprocessor_config.json: expected image_processor_type,")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_conversion_copies_into_memory_only_the_tensors_that_it_joins(peer, tmp_path):
     peer("google/vit")
@@ -463,7 +514,8 @@ def test_converted_card_states_origin_and_report(peer, tmp_path):
     report = convert(tmp_path / "peer", tmp_path / "out", family="google", base_model="google/vit")
     card = ModelCard.load(tmp_path / "out/README.md")
     assert (card.data.library_name, card.data.base_model) == ("transformers", "google/vit")
-    assert "with the weights of google/vit" in card.text and f"- {report[0]}" in card.text
+    assert "with the weights of peer, based on google/vit. It" in card.text and f"- {report[0]}" in card.text
+    assert "The converted weights were not re-evaluated." in card.text  # the results of google/vit are those of others
 
 
 @pytest.mark.parametrize(
@@ -491,9 +543,18 @@ def test_exported_card_names_library_license_and_how_to_load(tmp_path, to, snipp
     card = ModelCard.load(tmp_path / "exported/README.md")
     metadata = card.data.library_name, card.data.pipeline_tag, card.data.license, card.data.base_model
     assert metadata == (to, "image-classification", "mit", "a/b")
-    assert card.text.startswith(f"# exported\n\nA plain Vision Transformer for {to} with the weights of a/b.")
+    assert card.text.startswith(
+        f"# exported\n\nA plain Vision Transformer for {to} with the weights of ours, based on a/b."
+    )
     assert f"```python\n{snippet}\n```" in card.text
     assert all(f"- {line}" in card.text for line in report) and ("## Conversion" in card.text) == bool(report)
+
+
+def test_converted_checkpoint_has_no_commit_where_git_is_not_installed(peer, tmp_path, monkeypatch):
+    peer("google/vit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    convert(tmp_path / "peer", tmp_path / "out", family="google")
+    assert json.loads((tmp_path / "out/provenance.json").read_text())["commit"] is None
 
 
 def test_convert_command_prints_the_report(peer, tmp_path, capsys):
@@ -533,15 +594,20 @@ def test_hub_repository_is_converted_and_an_unknown_one_is_refused(peer, tmp_pat
     card = b"---\nlicense: apache-2.0\n---\n"
     with Hub({}) as hub:
         hub.create("models/meta/dinov2", files | {"README.md": card, "other.bin": b"not wanted"})
+        hub.create("models/me/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
         code = """
+import contextlib
 from vit_simple.convert_checkpoint import main
 main(["meta/dinov2", "out"])
+with contextlib.suppress(SystemExit):
+    main(["me/adapter", "nothing"])
 main(["no/where", "nothing"])
 """
         environment = hub.environment(tmp_path / "home")
         command = [sys.executable, "-c", code]
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert not any("other.bin" in request.path for request in hub.log)
+    assert "expected a whole checkpoint, got an adapter of PEFT" in result.stderr
     assert "SOURCE: no file or folder no/where, and no Hub repository to read" in result.stderr
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert_alike(
@@ -549,3 +615,27 @@ main(["no/where", "nothing"])
     )
     card = ModelCard.load(tmp_path / "out/README.md").data
     assert (card.license, card.base_model, card.library_name) == ("apache-2.0", "meta/dinov2", "transformers")
+
+
+@pytest.mark.slow
+def test_fine_tuned_hub_repository_takes_the_image_processor_of_its_base_model(peer, tmp_path):
+    peer("google/vit")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "peer").iterdir()}
+    with Hub({}) as hub:
+        hub.create("models/google/vit", files | {"preprocessor_config.json": json.dumps(OLD).encode()})
+        hub.create("models/me/pets", files | {"README.md": b"---\nbase_model: google/vit\n---\n"})
+        code = """
+from vit_simple.convert_checkpoint import main
+main(["me/pets", "out"])
+main(["me/pets", "based", "--base_model", "google/vit"])
+"""
+        command = [sys.executable, "-c", code]
+        subprocess.run(command, env=hub.environment(tmp_path / "home"), cwd=tmp_path, check=True)
+        commit = hub.repos["models/me/pets"].at("main").sha
+    out, based = (ModelCard.load(tmp_path / name / "README.md") for name in ("out", "based"))
+    assert f"with the weights of me/pets (revision `{commit}`). It" in out.text and out.data.base_model == "me/pets"
+    assert "for the original results, see me/pets." in out.text
+    assert "with the weights of me/pets, based on google/vit. It" in based.text
+    assert based.data.base_model == "google/vit"
+    processors = [json.loads((tmp_path / name / "preprocessor_config.json").read_text()) for name in ("out", "based")]
+    assert [content["image_std"] for content in processors] == [OLD["image_std"]] * 2

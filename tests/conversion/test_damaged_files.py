@@ -161,6 +161,15 @@ def test_timm_config_with_a_wrong_type_names_file_and_field(tmp_path, field, val
     assert f"{tmp_path}/config.json: expected {field}" in refusal(tmp_path, tmp_path, **options)
 
 
+def test_timm_config_with_an_empty_image_size_is_read_without_one(tmp_path):
+    save_file(weights(), tmp_path / "model.safetensors")
+    content = {"architecture": "vit_tiny_patch4", "model_args": {"num_heads": 4}}
+    pretrained = {"input_size": None, "mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(content | {"pretrained_cfg": pretrained}))
+    convert(tmp_path, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["image_size"] == 16
+
+
 @pytest.mark.parametrize("size", [[16], [16, 16, 16]])
 def test_timm_config_with_an_impossible_image_size_names_the_field(tmp_path, size):
     save_file(weights(), tmp_path / "model.safetensors")

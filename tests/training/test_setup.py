@@ -117,8 +117,8 @@ def test_checkpoint_follows_the_image_size_with_its_own_preprocessing(checkpoint
     content = processor_content(config, (24, 24), cropped=True, base=base)
     assert content["size"] == {"shortest_edge": 27} and content["crop_size"] == {"height": 24, "width": 24}
     assert (content["image_mean"], content["resample"]) == ([0.1, 0.2, 0.3], 3)
-    cropped = processor_content(TrainConfig(model_name_or_path=path, crop_pct=0.5), (16, 16), True, base=base)
-    assert cropped["size"] == {"shortest_edge": 32} and cropped["image_mean"] == [0.1, 0.2, 0.3]
+    cropped = processor_content(TrainConfig(model_name_or_path=path, crop_pct=0.9), (16, 16), True, base=base)
+    assert cropped["size"] == {"shortest_edge": 17} and cropped["image_mean"] == [0.1, 0.2, 0.3]
 
 
 def test_checkpoint_without_head_cannot_be_evaluated(checkpoint, tmp_path):
@@ -174,6 +174,7 @@ def test_evaluation_crops_the_center_if_training_crops_at_random():
         pixels = processor(image, return_tensors="pt").pixel_values
         assert pixels.shape == (1, 3, 16, 16) and (pixels[..., 1:-1, 1:-1] == 1).all() == white
     assert processor_content(TrainConfig(), (224, 224), True)["size"] == {"shortest_edge": 256}
+    assert processor_content(TrainConfig(crop_pct=0.95), (224, 224), True)["size"] == {"shortest_edge": 235}  # in timm
     with pytest.raises(UserError, match=r"--crop_pct needs a square image_size, got \(16, 32\)"):
         processor_content(TrainConfig(crop_pct=0.9), (16, 32), cropped=False)
 
