@@ -300,6 +300,13 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def as_name(name: str | float) -> str:
+    """The name of a class, which may be given as a number. Raises TypeError if it is neither."""
+    if not isinstance(name, (str, int, float)):
+        raise TypeError(f"expected a name, got {name!r}")
+    return str(name)
+
+
 def label_maps(names: Iterable[str]) -> dict[str, dict]:
     """The config fields `id2label` and `label2id` for class names in the order of the logits."""
     id2label = dict(enumerate(names))
@@ -321,14 +328,12 @@ def complete_labels(num_labels=None, id2label=None, label2id=None) -> dict:
     if id2label is None and label2id is None:
         return {} if num_labels is None else {"num_labels": num_labels}
     try:  # keys are strings in JSON
-        names = {int(index): name for index, name in (id2label or {}).items()}
-        indices = {name: int(index) for name, index in (label2id or {}).items()}
+        names = {int(index): as_name(name) for index, name in (id2label or {}).items()}
+        indices = {as_name(name): int(index) for name, index in (label2id or {}).items()}
     except (AttributeError, TypeError, ValueError) as error:
         wanted = "expected dictionaries of numbers and names"
         raise ValueError(f"ViTSimpleConfig.id2label and label2id: {wanted}, got {id2label} and {label2id}") from error
     names = names or {index: name for name, index in indices.items()}
-    if other := [name for name in (*names.values(), *indices) if not isinstance(name, str)]:
-        raise ValueError(f"ViTSimpleConfig.id2label and label2id: expected names to be strings, got {other[0]!r}")
     if id2label is None and len(names) < len(indices):
         raise ValueError(f"ViTSimpleConfig.label2id: expected one name for each number, got {label2id}")
     if sorted(names) != list(range(len(names))) or not names:

@@ -133,11 +133,9 @@ def load_image_data(
         labels, counts = check_rows(selections, column, validation_fraction, seed, report)
         for split, selection in selections.items():
             selections[split] = selection.sample(max_train_samples if split == "train" else max_eval_samples, seed)
+        counts["train"] = count_sample(selections["train"], column, counts["train"])
         splits = {split: selection.rows for split, selection in selections.items()}
         origins = {split: (selection.split, selection.numbers) for split, selection in selections.items()}
-        several, counts["train"] = counts["train"].occurrences, column.count(splits["train"][label_column][:])
-        if len(counts["train"].occurrences) == 1 < len(several):
-            raise UserError(f"--max_train_samples: {max_train_samples} random images are all of one class; use more")
         labels.fit(counts["train"])
         sizes = {split: len(rows) for split, rows in splits.items()}
     report += label_notes(labels, column.feature, counts.get("train"))
@@ -375,6 +373,18 @@ def check_rows(
         kept, held_out = split_rows(targets, labels, validation_fraction, seed, report)
         splits["train"], splits["validation"] = splits["train"].select(kept), splits["train"].select(held_out)
     return labels, counts
+
+
+def count_sample(selection: Selection, column: LabelColumn, before: LabelCounts) -> LabelCounts:
+    """The labels of the training images that are left after a sample was drawn.
+
+    Raises:
+        UserError: they are all the same, although those before were not.
+    """
+    counts = column.count(selection.rows[column.name][:])
+    if len(counts.occurrences) == 1 < len(before.occurrences):
+        raise UserError(f"--max_train_samples: {counts.num_rows} random images are all of one class; use more")
+    return counts
 
 
 def note_left_out(split: str, dropped: int, size: int, report: list[str]):
