@@ -170,11 +170,12 @@ def space_card(folder: Path, repo_id: str) -> str:
 # The Space
 
 
-def check_space(folder: Path, repo_id: str, private: bool, self_contained: bool):
-    """Checks what can be checked before the model is pushed.
+def check_space(folder: Path, repo_id: str, private: bool, self_contained: bool) -> bool:
+    """Checks what can be checked before the model is pushed; returns whether the Space must be private, as the model.
 
     Raises:
-        UserError: the page cannot show the checkpoint, visitors could not load its weights, or the Space is another's.
+        UserError: the page cannot show the checkpoint, visitors could not load its weights, or the Space is another's
+            or would make them public.
     """
     page_content(folder)
     api = HfApi()
@@ -190,6 +191,11 @@ def check_space(folder: Path, repo_id: str, private: bool, self_contained: bool)
         info = with_retries("reading the Space", lambda: api.repo_info(repo_id, repo_type="space"))
         if TAG not in (info.tags or []):
             raise UserError(f"--space: spaces/{repo_id} is not a page of vit_simple; rename or delete it")
+        if private and not info.private:
+            raise UserError(
+                f"--space: expected a private Space of a private model, but spaces/{repo_id} is public: make it private"
+            )
+    return private
 
 
 def pushed_commit(folder: Path, repo_id: str, revision: str | None) -> str:
