@@ -11,7 +11,17 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..data.processors import open_processor
-from ..files import ONNX_FILES, PREPROCESSOR, RECORD, RECORD_FIELDS, SAFETENSORS, UserError, has_head, read_json
+from ..files import (
+    ONNX_FILES,
+    PREPROCESSOR,
+    RECORD,
+    RECORD_FIELDS,
+    SAFETENSORS,
+    UserError,
+    has_head,
+    read_json,
+    terminal_text,
+)
 from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
 from .compiling import AOT_FILES, open_compiled, write_compiled
 from .measuring import BATCH_SIZE, EAGER, PACKAGED, Images, measure
@@ -52,7 +62,6 @@ def export_checkpoint(
     model = open_model(folder, attentions)
     processor = open_processor(read_json(folder / PREPROCESSOR))
     images = Images(dataset or recorded_dataset(folder) or PACKAGED, model.config, processor, max_eval_samples)
-    problem = model.config.problem_type if hasattr(model, "head") else "features"
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{to}-") as work:
         new = Path(work) / to
         new.mkdir()
@@ -61,16 +70,7 @@ def export_checkpoint(
             save_examples(images, Path(work))
         else:
             write_compiled(model, new)
-        places = {name: (Path(work) if name in FILES[to] else folder) / name for name in (*AOT_FILES, *ONNX_FILES)}
-        places = {name: path for name, path in places.items() if path.exists()}
-        results = measure({EAGER: as_function(open_model(folder)), **open_all(places)}, images, problem)
-        results[EAGER]["bytes"] = sum(path.stat().st_size for each in SAFETENSORS for path in folder.glob(each))
-        for name, path in places.items():
-            results[name]["bytes"] = path.stat().st_size
-            is_old = name not in FILES[to]
-            results[name]["kept"] = is_old or force or results[name]["agreement"] >= WORST_AGREEMENT
-            if not results[name]["kept"]:
-                path.unlink()
+        results = compare(folder, new, images, force)
         shutil.rmtree(folder / to, ignore_errors=True)
         new.rename(folder / to)
     return {
@@ -81,6 +81,27 @@ def export_checkpoint(
         "threads": torch.get_num_threads(),
         "models": results,
     }
+
+
+def compare(folder: Path, new: Path, images: Images, force: bool) -> dict[str, dict]:
+    """What `measure` finds of a checkpoint, of its new files and of its earlier ones of the other kind.
+
+    New files that agree on too few images are deleted unless `force`.
+    """
+    model = open_model(folder)
+    problem = model.config.problem_type if hasattr(model, "head") else "features"
+    places = {name: (new.parent if name in FILES[new.name] else folder) / name for name in (*AOT_FILES, *ONNX_FILES)}
+    places = {name: path for name, path in places.items() if path.exists()}
+    exported = open_all(places, FILES[new.name])
+    results = measure({EAGER: as_function(model), **exported}, images, problem)
+    results[EAGER]["bytes"] = sum(path.stat().st_size for each in SAFETENSORS for path in folder.glob(each))
+    for name in exported:
+        results[name]["bytes"] = places[name].stat().st_size
+        is_old = name not in FILES[new.name]
+        results[name]["kept"] = is_old or force or results[name]["agreement"] >= WORST_AGREEMENT
+        if not results[name]["kept"]:
+            places[name].unlink()
+    return results
 
 
 def open_model(folder: Path, attentions: bool = False) -> PreTrainedModel:
@@ -122,5 +143,14 @@ def as_function(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor
     return lambda pixels: model(pixels)[name]
 
 
-def open_all(places: dict[str, Path]) -> dict[str, Callable]:
-    return {name: (open_onnx if name in ONNX_FILES else open_compiled)(path) for name, path in places.items()}
+def open_all(places: dict[str, Path], new: tuple[str, ...]) -> dict[str, Callable]:
+    """The files as functions; an earlier one that this machine cannot open is left out, with a printed line."""
+    functions = {}
+    for name, path in places.items():
+        try:
+            functions[name] = (open_onnx if name in ONNX_FILES else open_compiled)(path)
+        except (ImportError, RuntimeError) as error:  # no onnxruntime; another machine or version of torch
+            if name in new:
+                raise
+            print(terminal_text(f"{name} is not compared, because it cannot be opened here: {error}"))
+    return functions

@@ -93,6 +93,34 @@ def test_onnx_files_that_disagree_are_written_only_with_force(exported, tmp_path
     assert (folder / ONNX_FILES[2]).exists()
 
 
+def test_earlier_files_that_cannot_be_opened_do_not_stop_an_export(exported, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(exported, tmp_path / "digits"))
+    (folder / "aot").mkdir()
+    (folder / "aot/model.pt2").write_bytes(b"of another machine")
+
+    def copy_earlier(model, new, dynamic_size):
+        for name in ONNX_FILES:
+            shutil.copy(exported / name, new)
+
+    monkeypatch.setattr(exporting, "write_onnx", copy_earlier)
+    main([str(folder), "--to", "onnx", "--max_eval_samples", "20"])
+    assert "aot/model.pt2 is not compared, because it cannot be opened here: " in capsys.readouterr().out
+    assert set(read_json(folder / "provenance.json")["exports"]["models"]) == {"PyTorch, eager", *ONNX_FILES}
+
+    model = ViTSimpleForImageClassification.from_pretrained(folder).eval()
+    monkeypatch.setattr(exporting, "write_compiled", lambda model, new: (new / "model.pt2").write_bytes(b"compiled"))
+    monkeypatch.setattr(exporting, "open_compiled", lambda path: exporting.as_function(model))
+    (folder / ONNX_FILES[0]).write_bytes(b"damaged")
+    main([str(folder), "--to", "aot", "--max_eval_samples", "20"])
+    printed = capsys.readouterr().out
+    assert "onnx/model.onnx is not compared" in printed and "onnx/model_fp16.onnx is not compared" not in printed
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    main([str(folder), "--to", "aot", "--max_eval_samples", "20"])
+    printed = capsys.readouterr().out
+    assert all(f"{name} is not compared" in printed for name in ONNX_FILES)
+    assert (folder / "aot/model.pt2").read_bytes() == b"compiled"
+
+
 def test_onnx_files_do_not_name_folders_of_this_machine(exported):
     for name in ONNX_FILES:
         content = (exported / name).read_bytes()
