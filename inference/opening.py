@@ -5,14 +5,15 @@ import json
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..configuration_vit_simple import ViTSimpleConfig
 from ..data.processors import open_processor
-from ..files import PREPROCESSOR, RECORD, UserError, has_head, read_json
+from ..files import PREPROCESSOR, RECORD, RunError, UserError, has_head, read_json
 from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
 
 
@@ -51,9 +52,22 @@ def open_record(path: str, fields: dict) -> dict:
 
     Raises:
         UserError: it is not a JSON object, or a field has another type.
+        RunError: the Hub does not answer, and no earlier download noted whether the checkpoint has a record.
     """
-    file = cached_file(path, RECORD, _raise_exceptions_for_missing_entries=False)
-    return {} if file is None else read_json(Path(file), fields)
+    if Path(path).is_dir():
+        return read_json(Path(path) / RECORD, fields)
+    try:
+        file = hf_hub_download(path, RECORD)
+    except LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but the Hub did not answer
+        if try_to_load_from_cache(path, RECORD) is _CACHED_NO_EXIST:
+            return {}
+        raise RunError(
+            f"the Hub does not answer, and {RECORD} of {path}, which may change its predictions, is not in the cache: "
+            "try again with a connection"
+        ) from error
+    except EntryNotFoundError:
+        return {}
+    return read_json(Path(file), fields)
 
 
 def hash_weights(weights: dict[str, torch.Tensor]) -> str:

@@ -1,0 +1,24 @@
+"""A checkpoint opens only if all that decides its predictions is known."""
+
+import pytest
+from huggingface_hub import constants
+
+from vit_simple.files import RunError
+from vit_simple.inference.opening import open_record
+
+
+def test_offline_a_record_that_is_not_cached_is_an_error_unless_it_is_known_to_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--user--pets"
+    for folder in ("refs", "snapshots/abc", ".no_exist/abc"):
+        (cache / folder).mkdir(parents=True)
+    (cache / "refs/main").write_text("abc")
+    with pytest.raises(RunError, match=r"provenance\.json of user/pets, .* is not in the cache: try again"):
+        open_record("user/pets", {})
+    (cache / ".no_exist/abc/provenance.json").touch()
+    assert open_record("user/pets", {}) == {}
+    (cache / "snapshots/def").mkdir()
+    (cache / "snapshots/def/provenance.json").write_text('{"keep_score": 0.5}')
+    (cache / "refs/main").write_text("def")
+    assert open_record("user/pets", {}) == {"keep_score": 0.5}
