@@ -7,25 +7,13 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..data.processors import open_processor
-from ..files import (
-    ONNX_FILES,
-    PREPROCESSOR,
-    RECORD,
-    RECORD_FIELDS,
-    SAFETENSORS,
-    UserError,
-    has_head,
-    read_json,
-    terminal_text,
-)
-from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
+from ..files import ONNX_FILES, PREPROCESSOR, RECORD, RECORD_FIELDS, SAFETENSORS, UserError, read_json, terminal_text
 from .compiling import AOT_FILES, open_compiled, write_compiled
 from .measuring import BATCH_SIZE, EAGER, PACKAGED, Images, measure
 from .onnx import open_onnx, require_onnx, write_onnx
+from .opening import open_model
 
 WORST_AGREEMENT = 0.99
 FILES = {"onnx": ONNX_FILES, "aot": AOT_FILES}
@@ -59,8 +47,11 @@ def export_checkpoint(
         require_onnx()
     elif dynamic_size or attentions:
         raise UserError("--dynamic_size and --attentions can only be combined with --to onnx")
-    model = open_model(folder, attentions)
-    processor = open_processor(read_json(folder / PREPROCESSOR))
+    if not (folder / PREPROCESSOR).is_file():
+        raise UserError(f"CHECKPOINT: expected a folder with config.json, weights and {PREPROCESSOR}, got {folder}")
+    options = {"attn_implementation": "eager"} if attentions else {}
+    model, processor = open_model(folder, any_channels=True, **options)
+    model.config.output_attentions = attentions
     images = Images(dataset or recorded_dataset(folder) or PACKAGED, model.config, processor, max_eval_samples)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{to}-") as work:
         new = Path(work) / to
@@ -88,7 +79,7 @@ def compare(folder: Path, new: Path, images: Images, force: bool) -> dict[str, d
 
     New files that agree on too few images are deleted unless `force`.
     """
-    model = open_model(folder)
+    model, _ = open_model(folder, any_channels=True)
     problem = model.config.problem_type if hasattr(model, "head") else "features"
     places = {name: (new.parent if name in FILES[new.name] else folder) / name for name in (*AOT_FILES, *ONNX_FILES)}
     places = {name: path for name, path in places.items() if path.exists()}
@@ -102,24 +93,6 @@ def compare(folder: Path, new: Path, images: Images, force: bool) -> dict[str, d
         if not results[name]["kept"]:
             places[name].unlink()
     return results
-
-
-def open_model(folder: Path, attentions: bool = False) -> PreTrainedModel:
-    """The model of a checkpoint in float32 and in evaluation mode, which gives the attention weights if asked to.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    if not (folder / PREPROCESSOR).is_file():
-        raise UserError(f"CHECKPOINT: expected a folder with config.json, weights and {PREPROCESSOR}, got {folder}")
-    model_class = ViTSimpleForImageClassification if has_head(read_json(folder / "config.json")) else ViTSimpleModel
-    options = {"attn_implementation": "eager"} if attentions else {}
-    try:
-        model = model_class.from_pretrained(folder, dtype=torch.float32, **options)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"CHECKPOINT: {folder} cannot be loaded: {error}") from error
-    model.config.output_attentions = attentions
-    return model.eval()
 
 
 def recorded_dataset(folder: Path) -> dict | None:

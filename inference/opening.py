@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
@@ -17,10 +18,16 @@ from ..files import PREPROCESSOR, RECORD, RunError, UserError, has_head, read_js
 from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
 
 
-def open_model(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+def open_model(
+    path: str | Path, any_channels: bool = False, **options: Any
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model of a checkpoint (a folder or a Hub id), a classifier if it has a head, and its image processor.
 
-    The model's code is that of this package: no code of the checkpoint runs.
+    The model is in float32 and in evaluation mode. Its code is that of this package: no code of the checkpoint runs.
+
+    Args:
+        any_channels: also open a model of other images than RGB.
+        options: of `from_pretrained`.
 
     Raises:
         UserError: it cannot be read, is of another model type, or takes no RGB images.
@@ -33,13 +40,13 @@ def open_model(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
                 "checkpoints of timm and transformers"
             )
         model_class = ViTSimpleForImageClassification if has_head(content) else ViTSimpleModel
-        model = model_class.from_pretrained(path, dtype=torch.float32)
+        model = model_class.from_pretrained(path, dtype=torch.float32, **options)
         processor = json.loads(Path(cached_file(path, PREPROCESSOR)).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:  # the config raises ValueError
         is_hub_id = not isinstance(error.__cause__, HFValidationError)
         reason = error if is_hub_id else "it is neither a folder nor a Hub id"
         raise UserError(f"the model {path} cannot be read: {reason}") from error
-    if model.config.num_channels != 3:
+    if model.config.num_channels != 3 and not any_channels:
         raise UserError(f"expected a model of RGB images, got one of {model.config.num_channels} channels")
     return model.eval(), open_processor(processor)
 
