@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from ..configuration_vit_simple import ViTSimpleConfig
 from ..data.processors import open_processor
-from ..files import PREPROCESSOR, RECORD, RunError, UserError, has_head, read_json
+from ..files import PREPROCESSOR, RECORD, RunError, UserError, has_head, read_json, refuse_adapter
 from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
 
 
@@ -30,8 +30,9 @@ def open_model(
         options: of `from_pretrained`.
 
     Raises:
-        UserError: it cannot be read, is of another model type, or takes no RGB images.
+        UserError: it cannot be read, is an adapter or of another model type, or takes no RGB images.
     """
+    refuse_adapter(Path(path))
     try:
         content = PretrainedConfig.get_config_dict(path)[0]
         if content.get("model_type") != ViTSimpleConfig.model_type:

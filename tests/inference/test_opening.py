@@ -3,8 +3,10 @@
 import pytest
 from huggingface_hub import constants
 
-from vit_simple.files import RunError
-from vit_simple.inference.opening import open_record
+from tests.conftest import tiny
+from vit_simple.files import RunError, UserError
+from vit_simple.inference.opening import open_model, open_record
+from vit_simple.training.lora import add_lora, save_adapter
 
 
 def test_offline_a_record_that_is_not_cached_is_an_error_unless_it_is_known_to_be_missing(tmp_path, monkeypatch):
@@ -22,3 +24,11 @@ def test_offline_a_record_that_is_not_cached_is_an_error_unless_it_is_known_to_b
     (cache / "snapshots/def/provenance.json").write_text('{"keep_score": 0.5}')
     (cache / "refs/main").write_text("def")
     assert open_record("user/pets", {}) == {"keep_score": 0.5}
+
+
+def test_adapter_is_refused_with_a_way_out(tmp_path):
+    model = tiny()
+    add_lora(model, 2)
+    save_adapter(model, model.state_dict(), "base", tmp_path / "adapter")
+    with pytest.raises(UserError, match="got an adapter of PEFT in"):
+        open_model(tmp_path / "adapter")
