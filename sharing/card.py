@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..files import INHERITED, UserError, open_card
+from ..files import INHERITED, UserError, open_card, read_text
 from .card_text import METRICS, Facts, card_text
 from .markdown import MARKER
 
@@ -36,7 +36,7 @@ def build_card(
     data = card_data(facts, repo_id)
     text = f"{BEGIN}\n{card_text(facts, repo_id, tag)}\n{END}"
     if old_card is None and file.exists():
-        old_card = read_utf8(file)
+        old_card = read_text(file)
     if old_card is not None and old_card.strip():
         old = open_card(old_card, str(file))
         user_parts = split_at_markers(old.text)
@@ -45,13 +45,6 @@ def build_card(
     if license is not None:
         data["license"] = license
     return render(data, text)
-
-
-def read_utf8(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: expected a text in UTF-8: {error}") from error
 
 
 def render(data: dict, text: str) -> str:

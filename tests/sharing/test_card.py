@@ -244,7 +244,7 @@ def test_card_refuses_wrong_types_with_file_and_field(folder, file, content, rea
 
 def test_card_that_is_not_utf_8_is_named(folder):
     (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff")
-    with pytest.raises(UserError, match=r"README\.md: expected a text in UTF-8"):
+    with pytest.raises(UserError, match=r"README\.md: expected UTF-8 text"):
         build_card(folder)
 
 
