@@ -27,7 +27,8 @@ def build_card(
         repo_id: USER/NAME on the Hub, for the snippet; by default a placeholder.
         tag: the revision that the snippet loads.
         license: a license id of the Hub; by default the old card's or the base model's.
-        old_card: the text of the old card; by default the folder's README.md.
+        old_card: the card on the Hub, to keep the user's text of this card instead of that in the folder's README.md.
+            Metadata is kept of both; where they differ, of this one.
 
     Raises:
         UserError: a file of the folder, or the old card, is damaged.
@@ -35,13 +36,13 @@ def build_card(
     facts, file = Facts.read(folder), folder / "README.md"
     data = card_data(facts, repo_id)
     text = f"{BEGIN}\n{card_text(facts, repo_id, tag)}\n{END}"
-    if old_card is None and file.exists():
-        old_card = read_text(file)
-    if old_card is not None and old_card.strip():
-        old = open_card(old_card, str(file))
-        user_parts = split_at_markers(old.text)
-        text = text.join(user_parts) if len(user_parts) == 2 else user_parts[0]
+    old_cards = [read_text(file) if file.exists() else "", old_card or ""]
+    opened = [open_card(card, str(file)) for card in old_cards if card.strip()]
+    for old in opened:
         data = merge_data(old.data, data)
+    if opened:
+        user_parts = split_at_markers(opened[-1].text)
+        text = text.join(user_parts) if len(user_parts) == 2 else user_parts[0]
     if license is not None:
         data["license"] = license
     return render(data, text)

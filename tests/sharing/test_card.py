@@ -70,6 +70,12 @@ def test_card_keeps_the_users_metadata(folder):
     assert ModelCard(build_card(folder, license="mit")).data.license == "mit"
 
 
+def test_card_of_the_hub_gets_the_metadata_of_the_folder_that_it_lacks(folder):
+    edit(folder / "README.md", "license: mit", "license: mit\nlanguage: en")
+    card = ModelCard(build_card(folder, old_card="---\nlanguage: ja\n---\nTheirs.\n"))
+    assert (card.text.strip(), card.data.license, card.data.language) == ("Theirs.", "mit", "ja")
+
+
 def test_card_keeps_results_on_other_datasets(folder):
     card = ModelCard.load(folder / "README.md")
     other = EvalResult("image-classification", "uoft-cs/cifar10", "CIFAR-10", "accuracy", 0.5, dataset_split="test")

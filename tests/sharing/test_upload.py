@@ -368,7 +368,8 @@ def test_tag_that_fails_leaves_a_verified_commit_and_says_so():
 def test_push_keeps_the_text_on_the_hub_unless_the_folder_has_its_own(hub, folder, tmp_path):
     card = (folder / "README.md").read_text()
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    theirs = {**files, "README.md": card.replace(BEGIN, f"Theirs.\n\n{BEGIN}").encode()}
+    their_card = card.replace("license: mit\n", "").replace(BEGIN, f"Theirs.\n\n{BEGIN}")
+    theirs = {**files, "README.md": their_card.encode()}
     for name, text in (("kept", ""), ("replaced", "Mine.")):
         hub.create(f"models/user/{name}", theirs)
         shutil.copytree(folder, tmp_path / name)
@@ -383,6 +384,8 @@ for name in ("kept", "replaced"):
     assert "README.md replaces another text on the Hub" in result.stdout
     kept, replaced = (hub.repos[f"models/user/{name}"].at("main").files for name in ("kept", "replaced"))
     assert ModelCard(kept["README.md"].decode()).text.strip().startswith("Theirs.")
+    for content in (kept["README.md"], replaced["README.md"], (tmp_path / "kept/README.md").read_bytes()):
+        assert ModelCard(content.decode()).data.license == "mit"
     assert ModelCard(replaced["README.md"].decode()).text.strip().endswith("Mine.")
 
 
