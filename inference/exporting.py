@@ -100,7 +100,7 @@ def recorded_dataset(folder: Path) -> dict | None:
     dataset = read_json(folder / RECORD, RECORD_FIELDS).get("dataset") or {}
     if not dataset.get("on_hub"):
         return None
-    return {"name": dataset["name"], "config_name": dataset["config"], "revision": dataset["revision"]}
+    return {"name": dataset["name"], "config_name": dataset.get("config"), "revision": dataset.get("revision")}
 
 
 def save_examples(images: Images, folder: Path):

@@ -113,10 +113,10 @@ def card_data(facts: Facts, repo_id: str | None) -> dict:
                 task_type="image-classification",
                 dataset_type=dataset["name"] if dataset.get("on_hub") else "imagefolder",
                 dataset_name=dataset["name"],
-                dataset_config=dataset["config"],
+                dataset_config=dataset.get("config"),
                 # A validation split may be held out of train, so it is not one that the Hub knows.
                 dataset_split=result["split"] if result["split"] == "test" else None,
-                dataset_revision=dataset["revision"],
+                dataset_revision=dataset.get("revision"),
                 metric_type=metric_type,
                 metric_name=title,
                 metric_value=result[name],

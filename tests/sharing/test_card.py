@@ -11,6 +11,7 @@ from tests.sharing.conftest import edit
 from vit_simple import ViTSimpleConfig, ViTSimpleModel, __version__
 from vit_simple.data.processors import stock_processor
 from vit_simple.files import UserError, read_metrics
+from vit_simple.inference.exporting import recorded_dataset
 from vit_simple.sharing.card import BEGIN, END, OLD_BEGIN, build_card, user_text
 from vit_simple.sharing.card_text import confidence_interval
 
@@ -93,6 +94,17 @@ def test_card_states_versions_only_if_they_are_recorded(folder):
     (folder / "provenance.json").unlink()
     card = build_card(folder)
     assert "versions" not in card and "## Results" in card
+
+
+def test_card_is_built_of_a_record_without_what_may_be_absent(folder):
+    absent = dict.fromkeys(["commands", "hardware", "versions", "commit", "seconds", "method", "remarks"])
+    record = {"dataset": {"name": "user/pets", "on_hub": True}, **absent}
+    (folder / "provenance.json").write_text(json.dumps(record))
+    edit(folder / "config.json", '"id2label": {', '"id2label": null, "removed": {')
+    card = ModelCard(build_card(folder))
+    assert "- dataset: user/pets\n- length: " in card.text and "None" not in card.text
+    assert card.data.eval_results[0].dataset_revision is None
+    assert recorded_dataset(folder) == {"name": "user/pets", "config_name": None, "revision": None}
 
 
 def test_card_in_mid_training_states_the_step_of_the_last_validation(folder):
