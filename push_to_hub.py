@@ -7,6 +7,7 @@ Log in first, with `hf auth login` or the environment variable HF_TOKEN.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from vit_simple.files import UserError, command_errors
@@ -45,7 +46,8 @@ def push_with_space(folder: Path, options: dict, space_only: bool, self_containe
     if options["dry_run"]:
         if not space_only:
             push(folder, **options)
-        print(f"page written; look at it with: python -m http.server -d {preview_space(folder, repo_id)}")
+        page = shlex.quote(str(preview_space(folder, repo_id)))
+        print(f"page written; look at it with: python -m http.server -d {page}")
         return
     private = check_space(folder, repo_id, options["private"], self_contained)
     sha = pushed_commit(folder, repo_id, options["revision"]) if space_only else push(folder, **options)

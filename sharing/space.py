@@ -1,6 +1,7 @@
 """A static Space: a page that classifies images with a checkpoint's ONNX file in the browser, without a server."""
 
 import json
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -48,7 +49,8 @@ def page_content(folder: Path) -> dict:
         UserError: the page cannot show it; says what to do instead.
     """
     if not (folder / ONNX_FILES[0]).is_file():
-        raise UserError(f"--space needs {ONNX_FILES[0]}: python export.py {folder} --to onnx --attentions")
+        command = f"python export.py {shlex.quote(str(folder))} --to onnx --attentions"
+        raise UserError(f"--space needs {ONNX_FILES[0]}: {command}")
     if not has_head(read_json(folder / "config.json")):
         raise UserError("--space: expected a classifier, got a model without head; examples/ has programs for features")
     require_onnx()

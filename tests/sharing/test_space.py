@@ -182,10 +182,10 @@ def test_weights_of_a_private_model_go_into_a_private_space_only(spaces, tmp_pat
 
 
 def test_space_needs_onnx_files_and_a_processor_that_the_page_can_follow(exported, tmp_path):
-    folder = Path(shutil.copytree(exported, tmp_path / "digits"))
+    folder = Path(shutil.copytree(exported, tmp_path / "my digits"))
     edit(folder / "preprocessor_config.json", '"resample": 2', '"resample": 1')
     with pytest.raises(UserError, match=r"the page cannot follow .* expected resample of 2 or 3"):
         page_content(folder)
     (folder / ONNX_FILES[0]).unlink()
-    with pytest.raises(UserError, match=r"--space needs onnx/model\.onnx: python export.py"):
+    with pytest.raises(UserError, match=r"--space needs onnx/model\.onnx: python export\.py '.*my digits' --to onnx"):
         page_content(folder)

@@ -355,6 +355,12 @@ def test_commit_that_cannot_be_loaded_is_called_unverified_and_not_wrong(hub, fo
     assert "undo" not in str(caught.value) and "revert" not in str(caught.value)
 
 
+def test_command_that_pushes_again_quotes_its_words():
+    target = Target(NAME, False, "my branch", True, "v1")
+    options = "--revision 'my branch' --tag v1 --create_pr"
+    assert target.command(Path("my outputs/digits")) == f"python push_to_hub.py 'my outputs/digits' {NAME} {options}"
+
+
 def test_tag_that_fails_leaves_a_verified_commit_and_says_so():
     with pytest.raises(
         RunError, match=r"the commit abc is on the Hub and verified, but .* v1: 403 Forbidden\nto try again"
