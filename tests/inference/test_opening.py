@@ -7,6 +7,7 @@ from tests.conftest import tiny
 from vit_simple.files import RunError, UserError
 from vit_simple.inference.opening import open_model, open_record
 from vit_simple.training.lora import add_lora, save_adapter
+from vit_simple.training.report import is_calibrated
 
 
 def test_offline_a_record_that_is_not_cached_is_an_error_unless_it_is_known_to_be_missing(tmp_path, monkeypatch):
@@ -18,6 +19,7 @@ def test_offline_a_record_that_is_not_cached_is_an_error_unless_it_is_known_to_b
     (cache / "refs/main").write_text("abc")
     with pytest.raises(RunError, match=r"provenance\.json of user/pets, .* is not in the cache: try again"):
         open_record("user/pets", {})
+    assert not is_calibrated("user/pets")  # an advice goes on without it
     (cache / ".no_exist/abc/provenance.json").touch()
     assert open_record("user/pets", {}) == {}
     (cache / "snapshots/def").mkdir()
