@@ -7,6 +7,7 @@ Log in first, with `hf auth login` or the environment variable HF_TOKEN.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from vit_simple.files import UserError, command_errors
@@ -41,13 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def push_with_space(folder: Path, options: dict, space_only: bool, self_contained: bool):
     """Pushes a checkpoint and the page that runs it. A dry run writes the page into the folder space instead."""
-    repo_id, private = options["repo_id"], options["private"]
+    repo_id = options["repo_id"]
     if options["dry_run"]:
         if not space_only:
             push(folder, **options)
-        print(f"page written; look at it with: python -m http.server -d {preview_space(folder, repo_id)}")
+        page = shlex.quote(str(preview_space(folder, repo_id)))
+        print(f"page written; look at it with: python -m http.server -d {page}")
         return
-    check_space(folder, repo_id, private, self_contained)
+    private = check_space(folder, repo_id, options["private"], self_contained)
     sha = pushed_commit(folder, repo_id, options["revision"]) if space_only else push(folder, **options)
     print(f"page: {share_space(folder, repo_id, sha, private, self_contained)}")
 

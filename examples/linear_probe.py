@@ -58,7 +58,7 @@ def main():
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         trust_remote_code=True,
-    ).to(torch.accelerator.current_accelerator() or "cpu")
+    ).to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     train, test = (extract(model, processor, dataset[split]) for split in ("train", "test"))
     fit(model.head, *train, options.weight_decay)
     correct = (model.head(test[0]).argmax(-1) == test[1]).sum().item()

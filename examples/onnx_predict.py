@@ -3,8 +3,9 @@
     python export.py outputs/digits --to onnx
     python examples/onnx_predict.py outputs/digits image.png
 
-The steps are those of preprocessor_config.json, for every checkpoint of vit_simple that takes RGB images
-and was not trained with --resize fit. A regression prints its numbers instead of a probability.
+The steps are those of preprocessor_config.json, for every checkpoint of vit_simple that takes RGB images, resizes,
+rescales and normalizes them, and was not trained with --resize fit. A regression prints its numbers instead of a
+probability.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from PIL import Image, ImageOps
 
 def preprocess(image: Image.Image, config: dict) -> np.ndarray:
     """(1, 3, H, W) float32: resized, cropped to the center, scaled and normalized."""
+    if config.get("do_pad") or not all(config.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize")):
+        raise SystemExit("this program resizes, rescales and normalizes, and does not pad; use the image processor")
     image, size = ImageOps.exif_transpose(image).convert("RGB"), config["size"]
-    if config.get("do_pad"):
-        raise SystemExit("this program does not pad images, as the model needs it; use the image processor")
     if edge := size.get("shortest_edge"):
         size = {side: edge * length // min(image.size) for side, length in zip(("width", "height"), image.size)}
     image = image.resize((size["width"], size["height"]), config["resample"])

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..data.processors import open_processor
-from ..files import ONNX_FILES, PREPROCESSOR, RECORD, RECORD_FIELDS, SAFETENSORS, UserError, has_head, read_json
-from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
+from ..files import ONNX_FILES, PREPROCESSOR, RECORD, RECORD_FIELDS, SAFETENSORS, UserError, read_json, terminal_text
 from .compiling import AOT_FILES, open_compiled, write_compiled
 from .measuring import BATCH_SIZE, EAGER, PACKAGED, Images, measure
 from .onnx import open_onnx, require_onnx, write_onnx
+from .opening import open_model
 
 WORST_AGREEMENT = 0.99
 FILES = {"onnx": ONNX_FILES, "aot": AOT_FILES}
@@ -49,10 +47,12 @@ def export_checkpoint(
         require_onnx()
     elif dynamic_size or attentions:
         raise UserError("--dynamic_size and --attentions can only be combined with --to onnx")
-    model = open_model(folder, attentions)
-    processor = open_processor(read_json(folder / PREPROCESSOR))
+    if not (folder / PREPROCESSOR).is_file():
+        raise UserError(f"CHECKPOINT: expected a folder with config.json, weights and {PREPROCESSOR}, got {folder}")
+    options = {"attn_implementation": "eager"} if attentions else {}
+    model, processor = open_model(folder, any_channels=True, **options)
+    model.config.output_attentions = attentions
     images = Images(dataset or recorded_dataset(folder) or PACKAGED, model.config, processor, max_eval_samples)
-    problem = model.config.problem_type if hasattr(model, "head") else "features"
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{to}-") as work:
         new = Path(work) / to
         new.mkdir()
@@ -61,16 +61,7 @@ def export_checkpoint(
             save_examples(images, Path(work))
         else:
             write_compiled(model, new)
-        places = {name: (Path(work) if name in FILES[to] else folder) / name for name in (*AOT_FILES, *ONNX_FILES)}
-        places = {name: path for name, path in places.items() if path.exists()}
-        results = measure({EAGER: as_function(open_model(folder)), **open_all(places)}, images, problem)
-        results[EAGER]["bytes"] = sum(path.stat().st_size for each in SAFETENSORS for path in folder.glob(each))
-        for name, path in places.items():
-            results[name]["bytes"] = path.stat().st_size
-            is_old = name not in FILES[to]
-            results[name]["kept"] = is_old or force or results[name]["agreement"] >= WORST_AGREEMENT
-            if not results[name]["kept"]:
-                path.unlink()
+        results = compare(folder, new, images, force)
         shutil.rmtree(folder / to, ignore_errors=True)
         new.rename(folder / to)
     return {
@@ -83,22 +74,25 @@ def export_checkpoint(
     }
 
 
-def open_model(folder: Path, attentions: bool = False) -> PreTrainedModel:
-    """The model of a checkpoint in float32 and in evaluation mode, which gives the attention weights if asked to.
+def compare(folder: Path, new: Path, images: Images, force: bool) -> dict[str, dict]:
+    """What `measure` finds of a checkpoint, of its new files and of its earlier ones of the other kind.
 
-    Raises:
-        UserError: it cannot be loaded.
+    New files that agree on too few images are deleted unless `force`.
     """
-    if not (folder / PREPROCESSOR).is_file():
-        raise UserError(f"CHECKPOINT: expected a folder with config.json, weights and {PREPROCESSOR}, got {folder}")
-    model_class = ViTSimpleForImageClassification if has_head(read_json(folder / "config.json")) else ViTSimpleModel
-    options = {"attn_implementation": "eager"} if attentions else {}
-    try:
-        model = model_class.from_pretrained(folder, dtype=torch.float32, **options)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"CHECKPOINT: {folder} cannot be loaded: {error}") from error
-    model.config.output_attentions = attentions
-    return model.eval()
+    model, _ = open_model(folder, any_channels=True)
+    problem = model.config.problem_type if hasattr(model, "head") else "features"
+    places = {name: (new.parent if name in FILES[new.name] else folder) / name for name in (*AOT_FILES, *ONNX_FILES)}
+    places = {name: path for name, path in places.items() if path.exists()}
+    exported = open_all(places, FILES[new.name])
+    results = measure({EAGER: as_function(model), **exported}, images, problem)
+    results[EAGER]["bytes"] = sum(path.stat().st_size for each in SAFETENSORS for path in folder.glob(each))
+    for name in exported:
+        results[name]["bytes"] = places[name].stat().st_size
+        is_old = name not in FILES[new.name]
+        results[name]["kept"] = is_old or force or results[name]["agreement"] >= WORST_AGREEMENT
+        if not results[name]["kept"]:
+            places[name].unlink()
+    return results
 
 
 def recorded_dataset(folder: Path) -> dict | None:
@@ -106,7 +100,7 @@ def recorded_dataset(folder: Path) -> dict | None:
     dataset = read_json(folder / RECORD, RECORD_FIELDS).get("dataset") or {}
     if not dataset.get("on_hub"):
         return None
-    return {"name": dataset["name"], "config_name": dataset["config"], "revision": dataset["revision"]}
+    return {"name": dataset["name"], "config_name": dataset.get("config"), "revision": dataset.get("revision")}
 
 
 def save_examples(images: Images, folder: Path):
@@ -122,5 +116,14 @@ def as_function(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor
     return lambda pixels: model(pixels)[name]
 
 
-def open_all(places: dict[str, Path]) -> dict[str, Callable]:
-    return {name: (open_onnx if name in ONNX_FILES else open_compiled)(path) for name, path in places.items()}
+def open_all(places: dict[str, Path], new: tuple[str, ...]) -> dict[str, Callable]:
+    """The files as functions; an earlier one that this machine cannot open is left out, with a printed line."""
+    functions = {}
+    for name, path in places.items():
+        try:
+            functions[name] = (open_onnx if name in ONNX_FILES else open_compiled)(path)
+        except (ImportError, RuntimeError) as error:  # no onnxruntime; another machine or version of torch
+            if name in new:
+                raise
+            print(terminal_text(f"{name} is not compared, because it cannot be opened here: {error}"))
+    return functions

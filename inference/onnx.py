@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_vit_simple import pair
-from ..files import ONNX_FILES, UserError
+from ..files import ONNX_FILES, RunError, UserError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MAX_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less the graph
@@ -125,12 +125,19 @@ def open_onnx(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """An ONNX file as a function of pixels (B, C, H, W) to its logits or, without a head, to its pooled vectors.
 
     It uses as many threads as torch.
+
+    Raises:
+        RunError: this version of onnxruntime cannot read it.
     """
     import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except (Fail, InvalidGraph, InvalidProtobuf) as error:
+        raise RunError(f"{path} cannot be opened: {error}") from error
     names = [output.name for output in session.get_outputs()]
     name = "logits" if "logits" in names else "pooler_output"
     return lambda pixels: torch.from_numpy(session.run([name], {"pixel_values": pixels.numpy()})[0])

@@ -3,27 +3,36 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..configuration_vit_simple import ViTSimpleConfig
 from ..data.processors import open_processor
-from ..files import PREPROCESSOR, RECORD, UserError, has_head, read_json
+from ..files import PREPROCESSOR, RECORD, RunError, UserError, has_head, read_json, refuse_adapter
 from ..modeling_vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
 
 
-def open_model(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+def open_model(
+    path: str | Path, any_channels: bool = False, **options: Any
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model of a checkpoint (a folder or a Hub id), a classifier if it has a head, and its image processor.
 
-    The model's code is that of this package: no code of the checkpoint runs.
+    The model is in float32 and in evaluation mode. Its code is that of this package: no code of the checkpoint runs.
+
+    Args:
+        any_channels: also open a model of other images than RGB.
+        options: of `from_pretrained`.
 
     Raises:
-        UserError: it cannot be read, is of another model type, or takes no RGB images.
+        UserError: it cannot be read, is an adapter or of another model type, or takes no RGB images.
     """
+    refuse_adapter(Path(path))
     try:
         content = PretrainedConfig.get_config_dict(path)[0]
         if content.get("model_type") != ViTSimpleConfig.model_type:
@@ -32,13 +41,13 @@ def open_model(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
                 "checkpoints of timm and transformers"
             )
         model_class = ViTSimpleForImageClassification if has_head(content) else ViTSimpleModel
-        model = model_class.from_pretrained(path, dtype=torch.float32)
+        model = model_class.from_pretrained(path, dtype=torch.float32, **options)
         processor = json.loads(Path(cached_file(path, PREPROCESSOR)).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:  # the config raises ValueError
         is_hub_id = not isinstance(error.__cause__, HFValidationError)
         reason = error if is_hub_id else "it is neither a folder nor a Hub id"
         raise UserError(f"the model {path} cannot be read: {reason}") from error
-    if model.config.num_channels != 3:
+    if model.config.num_channels != 3 and not any_channels:
         raise UserError(f"expected a model of RGB images, got one of {model.config.num_channels} channels")
     return model.eval(), open_processor(processor)
 
@@ -51,9 +60,22 @@ def open_record(path: str, fields: dict) -> dict:
 
     Raises:
         UserError: it is not a JSON object, or a field has another type.
+        RunError: the Hub does not answer, and no earlier download noted whether the checkpoint has a record.
     """
-    file = cached_file(path, RECORD, _raise_exceptions_for_missing_entries=False)
-    return {} if file is None else read_json(Path(file), fields)
+    if Path(path).is_dir():
+        return read_json(Path(path) / RECORD, fields)
+    try:
+        file = hf_hub_download(path, RECORD)
+    except LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but the Hub did not answer
+        if try_to_load_from_cache(path, RECORD) is _CACHED_NO_EXIST:
+            return {}
+        raise RunError(
+            f"the Hub does not answer, and {RECORD} of {path}, which may change its predictions, is not in the cache: "
+            "try again with a connection"
+        ) from error
+    except EntryNotFoundError:
+        return {}
+    return read_json(Path(file), fields)
 
 
 def hash_weights(weights: dict[str, torch.Tensor]) -> str:

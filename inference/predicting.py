@@ -30,7 +30,7 @@ from ..data.decoding import Decoder, PixelBatch
 from ..data.fingerprint import digest
 from ..data.labels import MULTI, REGRESSION, SINGLE
 from ..data.reading import MACHINE_ERRORS, WAITS, BadImage
-from ..files import RunError, UserError
+from ..files import RECORD, RunError, UserError
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .images import Images
 from .opening import hash_weights, open_model, open_record
@@ -67,7 +67,7 @@ class Decision:
         """As the checkpoint's record says, otherwise the likeliest label or, for MULTI, those from 0.5.
 
         Raises:
-            UserError: the model predicts several numbers.
+            UserError: the model predicts several numbers, or the record has thresholds, but not of every label.
         """
         names = [config.id2label[number] for number in range(config.num_labels)]
         problem = config.problem_type
@@ -75,8 +75,13 @@ class Decision:
             raise UserError(f"expected a model that predicts labels or one number, got one of {len(names)} numbers")
         if problem != REGRESSION:
             problem = MULTI if problem == MULTI or len(names) == 1 else SINGLE  # as a pipeline does
-        thresholds = record.get("thresholds") or {}
-        values = torch.tensor([thresholds.get(name, 0.5) for name in names])
+        thresholds = record.get("thresholds") or dict.fromkeys(names, 0.5)
+        if missing := [name for name in names if name not in thresholds]:
+            raise UserError(
+                f"{RECORD}: expected a threshold of each label of the model, got none of {missing[0]!r}: rename the "
+                "thresholds as the labels, or remove all to decide from 0.5"
+            )
+        values = torch.tensor([thresholds[name] for name in names])
         return cls(problem, names, values, record.get("keep_score") or 0.0)
 
     @property

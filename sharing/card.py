@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..files import INHERITED, UserError, open_card
+from ..files import INHERITED, UserError, open_card, read_text
 from .card_text import METRICS, Facts, card_text
 from .markdown import MARKER
 
@@ -27,7 +27,8 @@ def build_card(
         repo_id: USER/NAME on the Hub, for the snippet; by default a placeholder.
         tag: the revision that the snippet loads.
         license: a license id of the Hub; by default the old card's or the base model's.
-        old_card: the text of the old card; by default the folder's README.md.
+        old_card: the card on the Hub, to keep the user's text of this card instead of that in the folder's README.md.
+            Metadata is kept of both; where they differ, of this one.
 
     Raises:
         UserError: a file of the folder, or the old card, is damaged.
@@ -35,23 +36,16 @@ def build_card(
     facts, file = Facts.read(folder), folder / "README.md"
     data = card_data(facts, repo_id)
     text = f"{BEGIN}\n{card_text(facts, repo_id, tag)}\n{END}"
-    if old_card is None and file.exists():
-        old_card = read_utf8(file)
-    if old_card is not None and old_card.strip():
-        old = open_card(old_card, str(file))
-        user_parts = split_at_markers(old.text)
-        text = text.join(user_parts) if len(user_parts) == 2 else user_parts[0]
+    old_cards = [read_text(file) if file.exists() else "", old_card or ""]
+    opened = [open_card(card, str(file)) for card in old_cards if card.strip()]
+    for old in opened:
         data = merge_data(old.data, data)
+    if opened:
+        user_parts = split_at_markers(opened[-1].text)
+        text = text.join(user_parts) if len(user_parts) == 2 else user_parts[0]
     if license is not None:
         data["license"] = license
     return render(data, text)
-
-
-def read_utf8(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: expected a text in UTF-8: {error}") from error
 
 
 def render(data: dict, text: str) -> str:
@@ -119,10 +113,10 @@ def card_data(facts: Facts, repo_id: str | None) -> dict:
                 task_type="image-classification",
                 dataset_type=dataset["name"] if dataset.get("on_hub") else "imagefolder",
                 dataset_name=dataset["name"],
-                dataset_config=dataset["config"],
+                dataset_config=dataset.get("config"),
                 # A validation split may be held out of train, so it is not one that the Hub knows.
                 dataset_split=result["split"] if result["split"] == "test" else None,
-                dataset_revision=dataset["revision"],
+                dataset_revision=dataset.get("revision"),
                 metric_type=metric_type,
                 metric_name=title,
                 metric_value=result[name],

@@ -61,7 +61,10 @@ class Facts:
     @classmethod
     def read(cls, folder: Path) -> "Facts":
         """Raises UserError, naming file and field, if one of them is damaged."""
-        record, config = read_json(folder / RECORD, RECORD_FIELDS), read_json(folder / "config.json", MODEL_FIELDS)
+        record, config = (
+            {field: value for field, value in read_json(folder / file, fields).items() if value is not None}
+            for file, fields in ((RECORD, RECORD_FIELDS), ("config.json", MODEL_FIELDS))
+        )
         return cls(folder, cut_record(record), config, read_json(folder / PREPROCESSOR), read_metrics(folder))
 
     @property
@@ -254,10 +257,10 @@ def training(facts: Facts) -> str:
     """How the run was made, with all that is needed to repeat it."""
     record, lines = facts.record, []
     if facts.dataset:
-        revision = f" at revision `{markdown(facts.dataset['revision'])}`" if facts.dataset["revision"] else ""
-        lines.append(
-            f"dataset: {markdown(facts.dataset['name'])}{revision}, {facts.dataset['images']:,} training images"
-        )
+        revision, images = (facts.dataset.get(field) for field in ("revision", "images"))
+        at = f" at revision `{markdown(revision)}`" if revision else ""
+        count = "" if images is None else f", {images:,} training images"
+        lines.append(f"dataset: {markdown(facts.dataset['name'])}{at}{count}")
     if "method" in record:
         lines.append(f"method: {markdown(record['method'])}")
     if steps := [line for line in facts.metrics if line["split"] == "train"]:

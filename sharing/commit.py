@@ -1,5 +1,6 @@
 """One commit with the files of a folder, whatever happens to the connection."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,9 @@ class Target:
     def command(self, folder: Path) -> str:
         """The command that pushes there, which also verifies what is there already."""
         options = {"revision": self.revision, "tag": self.tag}
-        words = [f"--{name} {value}" for name, value in options.items() if value]
-        return " ".join([f"python push_to_hub.py {folder} {self.repo_id}", *words, *["--create_pr"] * self.create_pr])
+        words = [word for name, value in options.items() if value for word in (f"--{name}", value)]
+        words += ["--create_pr"] * self.create_pr
+        return shlex.join(["python", "push_to_hub.py", str(folder), self.repo_id, *words])
 
 
 def create_and_upload(

@@ -3,6 +3,8 @@
 import html
 import re
 
+# Where an empty comment keeps an address from becoming a link: renderers look for some in what escapes resolve to.
+ADDRESS = re.compile(r"(?<=\w)(?=://)|(?<=www)(?=\.)|(?<=[\w.+-])(?=@\S)", re.IGNORECASE)
 MARKER = "<!-- vit_simple:"  # how the marks of the generated text begin
 
 
@@ -14,9 +16,8 @@ def without_control_characters(line: str) -> str:
 def markdown(text: str) -> str:
     """Text to show as it is, within a line: nothing in it is markup, and other scripts stay readable."""
     text = html.escape(without_control_characters(" ".join(str(text).split())), quote=False)
-    text = re.sub(r"([\\`*\[\]#|~$]|\b_\b|(?<!\w)_|_(?!\w))", r"\\\1", text).replace(
-        "://", "\\://"
-    )  # else some addresses become links
+    text = re.sub(r"([\\`*\[\]#|~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+    text = ADDRESS.sub("<!-- -->", text)
     return re.sub(r"^[-+=]|^\d(?=\d*[.)])", lambda match: f"&#{ord(match[0])};", text)
 
 

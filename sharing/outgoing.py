@@ -106,9 +106,8 @@ def recipe_text(folder: Path) -> str:
 
 def cut_record(content: dict) -> dict:
     """The content of provenance.json without absolute paths."""
-    return cut_paths(
-        {**content, **({"commands": [*map(cut_command, content["commands"])]} if "commands" in content else {})}
-    )
+    commands = content.get("commands")
+    return cut_paths({**content, **({"commands": [*map(cut_command, commands)]} if commands else {})})
 
 
 def cut_command(command: str) -> str:

@@ -62,7 +62,7 @@ def record(folder: Path, **facts):
     content = read_json(folder / RECORD)
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     content |= {
-        "commands": [*content.get("commands", []), command],
+        "commands": [*(content.get("commands") or []), command],
         "hardware": hardware(),
         "versions": versions(),
         "commit": source_commit(),

@@ -9,7 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from .card import read_utf8
+from ..files import read_text
 from .network import with_retries
 from .verify import OPTIONAL, REQUIRED, is_weights
 
@@ -48,7 +48,7 @@ def remote_card(api: HfApi, repo_id: str, revision: str) -> str:
         raise
     except EntryNotFoundError:
         return ""
-    return read_utf8(Path(path))
+    return read_text(Path(path))
 
 
 def changes(api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str) -> tuple[list[str], list[str]]:

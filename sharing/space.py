@@ -1,6 +1,7 @@
 """A static Space: a page that classifies images with a checkpoint's ONNX file in the browser, without a server."""
 
 import json
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -48,7 +49,8 @@ def page_content(folder: Path) -> dict:
         UserError: the page cannot show it; says what to do instead.
     """
     if not (folder / ONNX_FILES[0]).is_file():
-        raise UserError(f"--space needs {ONNX_FILES[0]}: python export.py {folder} --to onnx --attentions")
+        command = f"python export.py {shlex.quote(str(folder))} --to onnx --attentions"
+        raise UserError(f"--space needs {ONNX_FILES[0]}: {command}")
     if not has_head(read_json(folder / "config.json")):
         raise UserError("--space: expected a classifier, got a model without head; examples/ has programs for features")
     require_onnx()
@@ -170,11 +172,12 @@ def space_card(folder: Path, repo_id: str) -> str:
 # The Space
 
 
-def check_space(folder: Path, repo_id: str, private: bool, self_contained: bool):
-    """Checks what can be checked before the model is pushed.
+def check_space(folder: Path, repo_id: str, private: bool, self_contained: bool) -> bool:
+    """Checks what can be checked before the model is pushed; returns whether the Space must be private, as the model.
 
     Raises:
-        UserError: the page cannot show the checkpoint, visitors could not load its weights, or the Space is another's.
+        UserError: the page cannot show the checkpoint, visitors could not load its weights, or the Space is another's
+            or would make them public.
     """
     page_content(folder)
     api = HfApi()
@@ -190,6 +193,11 @@ def check_space(folder: Path, repo_id: str, private: bool, self_contained: bool)
         info = with_retries("reading the Space", lambda: api.repo_info(repo_id, repo_type="space"))
         if TAG not in (info.tags or []):
             raise UserError(f"--space: spaces/{repo_id} is not a page of vit_simple; rename or delete it")
+        if private and not info.private:
+            raise UserError(
+                f"--space: expected a private Space of a private model, but spaces/{repo_id} is public: make it private"
+            )
+    return private
 
 
 def pushed_commit(folder: Path, repo_id: str, revision: str | None) -> str:

@@ -39,6 +39,7 @@ REQUIRED = ("config.json", PREPROCESSOR, *CODE)
 OPTIONAL = (RECORD, RECIPE, "metrics.jsonl", *PLOTS, *ONNX_FILES)
 PROCESS_SECONDS = 1800  # until a fresh process must have computed its outputs
 CACHE_VARIABLES = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE"}
+FLOAT32 = "float32 outputs"  # of the weights, which may have fewer bits, for comparison with ONNX files
 # Loads a checkpoint as a user would and saves what it computes from random images.
 FRESH_PROCESS = """
 import sys, PIL.Image, torch, transformers
@@ -67,13 +68,16 @@ if processor.do_resize and "logits" in output:
     predict = transformers.pipeline("image-classification", model=source, device="cpu", top_k=10**6, **options)
     scores = {answer["label"]: answer["score"] for answer in predict(PIL.Image.fromarray(pixels[0]))}
     outputs["scores"] = torch.tensor([scores[name] for name in model.config.id2label.values()])
+key = "logits" if "logits" in output else "pooler_output"
+if onnx_files:
+    with torch.no_grad():
+        outputs["float32 outputs"] = model.float()(inputs.pixel_values)[key].contiguous()
 for name in onnx_files:
     import huggingface_hub, onnxruntime
     path = huggingface_hub.hf_hub_download(source, name, revision=revision) if revision else source + "/" + name
     one_thread = onnxruntime.SessionOptions()  # more could add up in another order
     one_thread.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, one_thread, providers=["CPUExecutionProvider"])
-    key = "logits" if "logits" in output else "pooler_output"
     outputs[name] = torch.from_numpy(session.run([key], {"pixel_values": inputs.pixel_values.numpy()})[0])
 save_file(outputs, output_file)
 """
@@ -138,8 +142,6 @@ def check_tensors(tensors: dict[str, torch.Tensor], config: ViTSimpleConfig, fol
         import_state_dict(tensors, {}, config)
     except RuntimeError as error:  # of torch, for sizes that no tensor can have
         raise UserError(f"{folder / 'config.json'}: expected sizes that fit the weights: {error}") from error
-    if bad := [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]:
-        raise UserError(f"{folder}: expected finite weights, got NaN or infinity in {join_names(bad)}")
 
 
 def shared_names(folder: Path) -> list[str]:
@@ -170,7 +172,7 @@ def fresh_outputs(
         code: "remote" for the checkpoint's own code, "local" for that of the installed package.
         auto_class: the Auto class that loads it.
         token: for a private repository. The process has no other secret of this machine.
-        onnx_files: ONNX files whose outputs are added, under their names.
+        onnx_files: ONNX files whose outputs are added, under their names, and the FLOAT32 outputs of the model.
 
     Raises:
         UserError: it does not load there; with the last line of that process.
@@ -222,9 +224,9 @@ def local_outputs(folder: Path) -> dict[str, torch.Tensor]:
         own = own.result()
     if names := [name for name, output in own.items() if not output.isfinite().all()]:
         raise UserError(f"{folder}: expected finite outputs, got NaN or infinity in {', '.join(names)}")
-    if names := differences({name: own[name] for name in own if name not in ONNX_FILES}, installed):
+    if names := differences({name: own[name] for name in own if name not in (FLOAT32, *ONNX_FILES)}, installed):
         raise UserError(f"{folder}: its code and the installed package compute different {', '.join(names)}")
-    expected = own["logits"] if "logits" in own else own["pooler_output"]
-    if (name := ONNX_FILES[0]) in own and (own[name] - expected).abs().max() > 1e-3 * expected.abs().max().clamp(min=1):
+    name, expected = ONNX_FILES[0], own.get(FLOAT32)
+    if name in own and (own[name] - expected).abs().max() > 1e-3 * expected.abs().max().clamp(min=1):
         raise UserError(f"{folder / name} does not compute what the weights compute: export it again, or delete it")
     return own

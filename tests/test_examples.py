@@ -189,11 +189,31 @@ def assert_usage_error(arguments, message):
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
-def test_node_predict_gives_the_score_of_the_pipeline(exported, tmp_path):
+@pytest.mark.parametrize("field", [{"do_pad": True}, {"do_normalize": False}])
+@pytest.mark.parametrize("program", ["onnx_predict.py", "node_predict.mjs"])
+def test_predict_examples_refuse_steps_that_they_do_not_follow(exported, tmp_path, program, field):
+    folder = Path(shutil.copytree(exported, tmp_path / "digits"))
+    command = [sys.executable, ROOT / "examples" / program]
+    content = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(content | field))
+    if program == "node_predict.mjs":
+        copy_node_example(tmp_path)
+        command = ["node", tmp_path / "examples" / program]
+    arguments = [*map(str, [*command, folder, photographs(tmp_path)[0]])]
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    refusal = "this program resizes, rescales and normalizes, and does not pad; use the image processor"
+    assert result.returncode and result.stderr.splitlines() == [refusal]
+
+
+def copy_node_example(folder: Path):
     for name in ("examples/node_predict.mjs", "sharing/page/resize.js", "sharing/page/package.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "node_modules").symlink_to(node_modules())
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "node_modules").symlink_to(node_modules())
+
+
+def test_node_predict_gives_the_score_of_the_pipeline(exported, tmp_path):
+    copy_node_example(tmp_path)
     file = str(tmp_path / "image.png")
     PIL.Image.open(photographs(tmp_path)[3]).save(file)
     command = ["node", tmp_path / "examples/node_predict.mjs", exported, file]

@@ -12,7 +12,7 @@ from ..conversion.convert import Checkpoint
 from ..data.decoding import same_pixels_code
 from ..data.labels import REGRESSION
 from ..data.streaming import StreamingSplit
-from ..files import RECORD, read_json, terminal_text
+from ..files import RECORD, RunError, read_json, terminal_text
 from ..inference.opening import open_record
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .calibration import MIN_IMAGES, Fitted
@@ -84,7 +84,9 @@ def is_calibrated(checkpoint: str) -> bool:
     """Whether the head of a checkpoint, a folder, a file or a Hub id, is divided by a temperature, as far as known."""
     if Path(checkpoint).is_file():
         return False
-    return bool(open_record(checkpoint, {"calibrated": bool | None}).get("calibrated"))
+    with contextlib.suppress(RunError):  # the Hub does not answer
+        return bool(open_record(checkpoint, {"calibrated": bool | None}).get("calibrated"))
+    return False
 
 
 def fitted_lines(fitted: Fitted, is_calibrated: bool = False) -> Iterator[str]:

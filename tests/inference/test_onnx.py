@@ -8,9 +8,11 @@ import onnxruntime
 import pytest
 import torch
 from datasets import load_dataset
+from transformers import ViTConfig, ViTForImageClassification
 
 from tests.conftest import DIGITS, EVERY_SWITCH, tiny
 from vit_simple import ViTSimpleForImageClassification, ViTSimpleModel
+from vit_simple.data.processors import open_processor
 from vit_simple.export import export, main
 from vit_simple.files import ONNX_FILES, ROOT, UserError, read_json, read_metrics
 from vit_simple.inference import exporting
@@ -68,9 +70,8 @@ def test_onnx_files_agree_with_the_checkpoint_on_real_images(exported):
         assert values["agreement"] >= 0.99 and values["bytes"] == (exported / name).stat().st_size
         assert f"| {name} | {values['bytes'] / 1e6:.2f} MB |" in (exported / "README.md").read_text()
     images = load_dataset(DIGITS, split="test")[:3]["image"]
-    pixels = exporting.open_processor(read_json(exported / "preprocessor_config.json"))(
-        images, return_tensors="pt"
-    ).pixel_values
+    processor = open_processor(read_json(exported / "preprocessor_config.json"))
+    pixels = processor(images, return_tensors="pt").pixel_values
     with torch.no_grad():
         expected = ViTSimpleForImageClassification.from_pretrained(exported)(pixels).logits
     differences = [(open_onnx(exported / name)(pixels) - expected).abs().max().item() for name in ONNX_FILES]
@@ -93,6 +94,34 @@ def test_onnx_files_that_disagree_are_written_only_with_force(exported, tmp_path
     assert (folder / ONNX_FILES[2]).exists()
 
 
+def test_earlier_files_that_cannot_be_opened_do_not_stop_an_export(exported, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(exported, tmp_path / "digits"))
+    (folder / "aot").mkdir()
+    (folder / "aot/model.pt2").write_bytes(b"of another machine")
+
+    def copy_earlier(model, new, dynamic_size):
+        for name in ONNX_FILES:
+            shutil.copy(exported / name, new)
+
+    monkeypatch.setattr(exporting, "write_onnx", copy_earlier)
+    main([str(folder), "--to", "onnx", "--max_eval_samples", "20"])
+    assert "aot/model.pt2 is not compared, because it cannot be opened here: " in capsys.readouterr().out
+    assert set(read_json(folder / "provenance.json")["exports"]["models"]) == {"PyTorch, eager", *ONNX_FILES}
+
+    model = ViTSimpleForImageClassification.from_pretrained(folder).eval()
+    monkeypatch.setattr(exporting, "write_compiled", lambda model, new: (new / "model.pt2").write_bytes(b"compiled"))
+    monkeypatch.setattr(exporting, "open_compiled", lambda path: exporting.as_function(model))
+    (folder / ONNX_FILES[0]).write_bytes(b"damaged")
+    main([str(folder), "--to", "aot", "--max_eval_samples", "20"])
+    printed = capsys.readouterr().out
+    assert "onnx/model.onnx is not compared" in printed and "onnx/model_fp16.onnx is not compared" not in printed
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    main([str(folder), "--to", "aot", "--max_eval_samples", "20"])
+    printed = capsys.readouterr().out
+    assert all(f"{name} is not compared" in printed for name in ONNX_FILES)
+    assert (folder / "aot/model.pt2").read_bytes() == b"compiled"
+
+
 def test_onnx_files_do_not_name_folders_of_this_machine(exported):
     for name in ONNX_FILES:
         content = (exported / name).read_bytes()
@@ -106,8 +135,11 @@ def test_export_says_what_is_missing(exported, tmp_path, monkeypatch):
         export(tmp_path, to="onnx")
     with pytest.raises(SystemExit, match="--max_eval_samples: expected at least 1, got 0"):
         main([str(exported), "--to", "onnx", "--max_eval_samples", "0"])
-    tiny(num_channels=1).save_pretrained(tmp_path)
+    ViTForImageClassification(ViTConfig(hidden_size=12, num_hidden_layers=1)).save_pretrained(tmp_path)
     shutil.copy(exported / "preprocessor_config.json", tmp_path)
+    with pytest.raises(UserError, match="expected the model type vit_simple, got vit; convert_checkpoint"):
+        export(tmp_path, to="onnx")
+    tiny(num_channels=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="of 1 channel for this model, got 3 in data/digits, the default"):
         export(tmp_path, to="onnx")
     monkeypatch.setattr(exporter, "MAX_BYTES", 1000)

@@ -241,6 +241,7 @@ def test_table_has_one_writer(work, capsys):
         (["headless", "photos"], "out.csv", "expected a model with a head"),
         (["wrong_size", "photos"], "out.csv", "makes images of (24, 24) pixels for this model, got (16, 16)"),
         (["number", "photos", "--sort", "uncertain"], "out.csv", "expected a model that predicts labels"),
+        (["renamed", "photos"], "out.csv", "expected a threshold of each label of the model, got none of 'dog'"),
     ],
 )
 def test_mistakes_end_with_one_line(work, capsys, arguments, output, message):
@@ -249,6 +250,9 @@ def test_mistakes_end_with_one_line(work, capsys, arguments, output, message):
     (work / "photos/0.csv").write_text("labels that somebody made")
     if arguments[0] == "number":
         save_model("number", problem_type="regression", num_labels=1)
+    if arguments[0] == "renamed":
+        thresholds = {name.replace("dog", "hound"): 0.3 for name in NAMES}
+        save_model("renamed", {"thresholds": thresholds}, problem_type="multi_label_classification")
     if arguments[0] == "wrong_size":
         save_model("wrong_size", image_size=24)
     if arguments[0] == "headless":

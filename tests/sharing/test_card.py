@@ -11,6 +11,7 @@ from tests.sharing.conftest import edit
 from vit_simple import ViTSimpleConfig, ViTSimpleModel, __version__
 from vit_simple.data.processors import stock_processor
 from vit_simple.files import UserError, read_metrics
+from vit_simple.inference.exporting import recorded_dataset
 from vit_simple.sharing.card import BEGIN, END, OLD_BEGIN, build_card, user_text
 from vit_simple.sharing.card_text import confidence_interval
 
@@ -70,6 +71,12 @@ def test_card_keeps_the_users_metadata(folder):
     assert ModelCard(build_card(folder, license="mit")).data.license == "mit"
 
 
+def test_card_of_the_hub_gets_the_metadata_of_the_folder_that_it_lacks(folder):
+    edit(folder / "README.md", "license: mit", "license: mit\nlanguage: en")
+    card = ModelCard(build_card(folder, old_card="---\nlanguage: ja\n---\nTheirs.\n"))
+    assert (card.text.strip(), card.data.license, card.data.language) == ("Theirs.", "mit", "ja")
+
+
 def test_card_keeps_results_on_other_datasets(folder):
     card = ModelCard.load(folder / "README.md")
     other = EvalResult("image-classification", "uoft-cs/cifar10", "CIFAR-10", "accuracy", 0.5, dataset_split="test")
@@ -87,6 +94,17 @@ def test_card_states_versions_only_if_they_are_recorded(folder):
     (folder / "provenance.json").unlink()
     card = build_card(folder)
     assert "versions" not in card and "## Results" in card
+
+
+def test_card_is_built_of_a_record_without_what_may_be_absent(folder):
+    absent = dict.fromkeys(["commands", "hardware", "versions", "commit", "seconds", "method", "remarks"])
+    record = {"dataset": {"name": "user/pets", "on_hub": True}, **absent}
+    (folder / "provenance.json").write_text(json.dumps(record))
+    edit(folder / "config.json", '"id2label": {', '"id2label": null, "removed": {')
+    card = ModelCard(build_card(folder))
+    assert "- dataset: user/pets\n- length: " in card.text and "None" not in card.text
+    assert card.data.eval_results[0].dataset_revision is None
+    assert recorded_dataset(folder) == {"name": "user/pets", "config_name": None, "revision": None}
 
 
 def test_card_in_mid_training_states_the_step_of_the_last_validation(folder):
@@ -244,7 +262,7 @@ def test_card_refuses_wrong_types_with_file_and_field(folder, file, content, rea
 
 def test_card_that_is_not_utf_8_is_named(folder):
     (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff")
-    with pytest.raises(UserError, match=r"README\.md: expected a text in UTF-8"):
+    with pytest.raises(UserError, match=r"README\.md: expected UTF-8 text"):
         build_card(folder)
 
 

@@ -168,11 +168,24 @@ def test_space_only_and_private_are_refused_with_a_way_out(spaces, tmp_path):
     assert "--self_contained, which copies" in call(hub, tmp_path, *command, "--private").stderr
 
 
+def test_weights_of_a_private_model_go_into_a_private_space_only(spaces, tmp_path):
+    hub, folders = spaces
+    files = {path.name: path.read_bytes() for path in folders[NAME].iterdir() if path.is_file()}
+    files |= {name: (folders[NAME] / name).read_bytes() for name in ONNX_FILES}
+    hub.create("models/user/hidden", files, private=True)
+    command = [ROOT / "push_to_hub.py", folders[NAME], "user/hidden", "--space_only", "--self_contained"]
+    result = call(hub, tmp_path, *command)
+    space = hub.repos["spaces/user/hidden"]
+    assert space.private and {*ONNX_FILES} < space.at("main").files.keys(), result.stderr
+    space.private = False
+    assert "expected a private Space of a private model" in call(hub, tmp_path, *command).stderr
+
+
 def test_space_needs_onnx_files_and_a_processor_that_the_page_can_follow(exported, tmp_path):
-    folder = Path(shutil.copytree(exported, tmp_path / "digits"))
+    folder = Path(shutil.copytree(exported, tmp_path / "my digits"))
     edit(folder / "preprocessor_config.json", '"resample": 2', '"resample": 1')
     with pytest.raises(UserError, match=r"the page cannot follow .* expected resample of 2 or 3"):
         page_content(folder)
     (folder / ONNX_FILES[0]).unlink()
-    with pytest.raises(UserError, match=r"--space needs onnx/model\.onnx: python export.py"):
+    with pytest.raises(UserError, match=r"--space needs onnx/model\.onnx: python export\.py '.*my digits' --to onnx"):
         page_content(folder)

@@ -355,6 +355,12 @@ def test_commit_that_cannot_be_loaded_is_called_unverified_and_not_wrong(hub, fo
     assert "undo" not in str(caught.value) and "revert" not in str(caught.value)
 
 
+def test_command_that_pushes_again_quotes_its_words():
+    target = Target(NAME, False, "my branch", True, "v1")
+    options = "--revision 'my branch' --tag v1 --create_pr"
+    assert target.command(Path("my outputs/digits")) == f"python push_to_hub.py 'my outputs/digits' {NAME} {options}"
+
+
 def test_tag_that_fails_leaves_a_verified_commit_and_says_so():
     with pytest.raises(
         RunError, match=r"the commit abc is on the Hub and verified, but .* v1: 403 Forbidden\nto try again"
@@ -368,7 +374,8 @@ def test_tag_that_fails_leaves_a_verified_commit_and_says_so():
 def test_push_keeps_the_text_on_the_hub_unless_the_folder_has_its_own(hub, folder, tmp_path):
     card = (folder / "README.md").read_text()
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    theirs = {**files, "README.md": card.replace(BEGIN, f"Theirs.\n\n{BEGIN}").encode()}
+    their_card = card.replace("license: mit\n", "").replace(BEGIN, f"Theirs.\n\n{BEGIN}")
+    theirs = {**files, "README.md": their_card.encode()}
     for name, text in (("kept", ""), ("replaced", "Mine.")):
         hub.create(f"models/user/{name}", theirs)
         shutil.copytree(folder, tmp_path / name)
@@ -383,6 +390,8 @@ for name in ("kept", "replaced"):
     assert "README.md replaces another text on the Hub" in result.stdout
     kept, replaced = (hub.repos[f"models/user/{name}"].at("main").files for name in ("kept", "replaced"))
     assert ModelCard(kept["README.md"].decode()).text.strip().startswith("Theirs.")
+    for content in (kept["README.md"], replaced["README.md"], (tmp_path / "kept/README.md").read_bytes()):
+        assert ModelCard(content.decode()).data.license == "mit"
     assert ModelCard(replaced["README.md"].decode()).text.strip().endswith("Mine.")
 
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny
@@ -13,6 +14,7 @@ from vit_simple import ViTSimpleModel
 from vit_simple.conversion.convert import write_json
 from vit_simple.data.processors import stock_processor
 from vit_simple.files import ONNX_FILES, UserError
+from vit_simple.inference.onnx import write_onnx
 from vit_simple.sharing.verify import check, fresh_outputs, local_outputs
 
 
@@ -113,3 +115,14 @@ def test_onnx_file_of_other_weights_is_refused(exported, tmp_path):
     set_weight(folder, "head.bias", 9.0)
     with pytest.raises(UserError, match=r"onnx/model\.onnx does not compute what the weights compute: export it again"):
         local_outputs(folder)
+
+
+@pytest.mark.slow
+def test_onnx_file_of_weights_in_bfloat16_is_compared_in_float32(tmp_path):
+    model = tiny(num_hidden_layers=1).bfloat16()
+    model.save_pretrained(tmp_path)
+    write_json(tmp_path / "preprocessor_config.json", stock_processor((16, 16)))
+    (tmp_path / "onnx").mkdir()
+    write_onnx(model.float(), tmp_path / "onnx")
+    outputs = local_outputs(tmp_path)
+    assert outputs["logits"].dtype == torch.bfloat16 and set(ONNX_FILES) < outputs.keys()
