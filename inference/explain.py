@@ -20,8 +20,7 @@ from .attention import position_similarity
 from .explanation import Explanation, explain_pixels, rounded
 from .figures import box_of, draw_positions, some_positions
 from .fonts import plain_text, readable_names
-from .opening import open_model, open_record
-from .predicting import RECORD_FIELDS
+from .opening import open_model, trained_bit_depth
 
 POSITIONS = ("positions.png", "positions.json")  # the files that belong to the model instead of an image
 
@@ -115,8 +114,8 @@ def explain(
     folders = find_folders(images, output_dir)
     contents = {path: read_file(path) for path in folders}
     opened, processor = open_model(str(model))
-    bit_depth = (open_record(str(model), RECORD_FIELDS).get("dataset") or {}).get("bit_depth") or 16
-    decoder = Decoder(processor, (3, *pair(opened.config.image_size)), bit_depth=bit_depth)
+    size, bit_depth = pair(opened.config.image_size), trained_bit_depth(str(model)) or 16
+    decoder = Decoder(processor, (3, *size), bit_depth=bit_depth)
     for path, content in contents.items():
         decode(path, content, decoder)  # all, so that a damaged one does not stop the command half way
     number = None if label is None else find_label(label, opened)

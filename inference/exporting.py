@@ -13,7 +13,7 @@ from ..files import ONNX_FILES, PREPROCESSOR, RECORD, RECORD_FIELDS, SAFETENSORS
 from .compiling import AOT_FILES, open_compiled, write_compiled
 from .measuring import BATCH_SIZE, EAGER, PACKAGED, Images, measure
 from .onnx import open_onnx, require_onnx, write_onnx
-from .opening import open_model
+from .opening import open_model, trained_bit_depth
 
 WORST_AGREEMENT = 0.99
 FILES = {"onnx": ONNX_FILES, "aot": AOT_FILES}
@@ -52,7 +52,9 @@ def export_checkpoint(
     options = {"attn_implementation": "eager"} if attentions else {}
     model, processor = open_model(folder, any_channels=True, **options)
     model.config.output_attentions = attentions
-    images = Images(dataset or recorded_dataset(folder) or PACKAGED, model.config, processor, max_eval_samples)
+    bit_depth = trained_bit_depth(str(folder)) or 16
+    dataset = dataset or recorded_dataset(folder) or PACKAGED
+    images = Images(dataset, model.config, processor, max_eval_samples, bit_depth)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{to}-") as work:
         new = Path(work) / to
         new.mkdir()

@@ -26,12 +26,15 @@ class Images:
     Args:
         dataset: the arguments of `load_image_data`.
         count: the largest number of images.
+        bit_depth: of gray images with more than 8 bits.
 
     Raises:
         UserError: the dataset cannot be loaded, or has another number of channels than the model.
     """
 
-    def __init__(self, dataset: dict, config: ViTSimpleConfig, processor: BaseImageProcessor, count: int):
+    def __init__(
+        self, dataset: dict, config: ViTSimpleConfig, processor: BaseImageProcessor, count: int, bit_depth: int = 16
+    ):
         data = load_image_data(**dataset, validation_fraction=0)
         if data.channels != config.num_channels:
             channels = f"{config.num_channels} channel{'s' if config.num_channels > 1 else ''}"
@@ -43,7 +46,8 @@ class Images:
         self.name = dataset["name"]
         self.split = next(split for split in ("test", "validation", "train") if split in data.splits)
         shape = (data.channels, *pair(config.image_size))
-        decode = Decoder(processor, shape, data.array_shape is not None, sources=data.sources)
+        is_array = data.array_shape is not None
+        decode = Decoder(processor, shape, is_array, sources=data.sources, bit_depth=bit_depth)
         split = MapStyleSplit(data, self.split, decode, LoaderContext(torch.device("cpu")), "skip")
         pixels, targets = zip(*split.samples(count))
         self.pixels = torch.stack(pixels)  # uint8 (N, C, H, W)

@@ -30,7 +30,7 @@ def open_model(
         options: of `from_pretrained`.
 
     Raises:
-        UserError: it cannot be read, is an adapter or of another model type, or takes no RGB images.
+        UserError: it cannot be read, lacks weights, is an adapter or of another model type, or takes no RGB images.
     """
     refuse_adapter(Path(path))
     try:
@@ -41,12 +41,14 @@ def open_model(
                 "checkpoints of timm and transformers"
             )
         model_class = ViTSimpleForImageClassification if has_head(content) else ViTSimpleModel
-        model = model_class.from_pretrained(path, dtype=torch.float32, **options)
+        model, found = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
         processor = json.loads(Path(cached_file(path, PREPROCESSOR)).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:  # the config raises ValueError
         is_hub_id = not isinstance(error.__cause__, HFValidationError)
         reason = error if is_hub_id else "it is neither a folder nor a Hub id"
         raise UserError(f"the model {path} cannot be read: {reason}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"the model {path} cannot be read: it lacks {len(missing)} weights, such as {missing[0]}")
     if model.config.num_channels != 3 and not any_channels:
         raise UserError(f"expected a model of RGB images, got one of {model.config.num_channels} channels")
     return model.eval(), open_processor(processor)
@@ -76,6 +78,15 @@ def open_record(path: str, fields: dict) -> dict:
     except EntryNotFoundError:
         return {}
     return read_json(Path(file), fields)
+
+
+def trained_bit_depth(path: str) -> int | None:
+    """The bits of the gray images that a checkpoint was trained on, None if it does not say so.
+
+    Raises:
+        UserError, RunError: see `open_record`.
+    """
+    return (open_record(path, {"dataset": {"bit_depth": int | None}}).get("dataset") or {}).get("bit_depth")
 
 
 def hash_weights(weights: dict[str, torch.Tensor]) -> str:

@@ -33,7 +33,7 @@ from ..data.reading import MACHINE_ERRORS, WAITS, BadImage
 from ..files import RECORD, RunError, UserError
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .images import Images
-from .opening import hash_weights, open_model, open_record
+from .opening import hash_weights, open_model, open_record, trained_bit_depth
 from .tables import Table
 
 TOP = 5  # labels in the table
@@ -42,7 +42,6 @@ NONE = "none of these"  # the decision if no label is likely enough
 RECORD_FIELDS = {
     "thresholds": dict[str, float] | None,
     "keep_score": float | None,
-    "dataset": {"bit_depth": int | None},
 }
 
 
@@ -183,8 +182,7 @@ def open_predictor(checkpoint: str, images: Images) -> Predictor:
     if not isinstance(model, ViTSimpleForImageClassification):
         raise UserError(f"expected a model with a head, got {checkpoint}, which predicts no labels; see probe.py")
     record, size = open_record(checkpoint, RECORD_FIELDS), pair(model.config.image_size)
-    bit_depth = (record.get("dataset") or {}).get("bit_depth") or 16
-    decode = Decoder(processor, (3, *size), sources=images.sources, bit_depth=bit_depth)
+    decode = Decoder(processor, (3, *size), sources=images.sources, bit_depth=trained_bit_depth(checkpoint) or 16)
     made = tuple(decode.stack([PIL.Image.new("RGB", (60, 50))]).shape[2:])
     if made != size:
         raise UserError(f"expected an image processor that makes images of {size} pixels for this model, got {made}")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import PIL.Image
 import torch
@@ -17,6 +18,7 @@ from ..data.loading import ImageData, load_image_data
 from ..data.processors import open_processor, padding_fields, pads, side_before_crop, stock_processor
 from ..data.streaming import StreamingSplit
 from ..files import UserError, terminal_text
+from ..inference.opening import trained_bit_depth
 from ..modeling_vit_simple import ViTSimpleForImageClassification
 from .base import base_processor, load_base_model, open_base, summary
 from .calibration import MIN_IMAGES
@@ -97,12 +99,19 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
     if config.calibrate and (count := data.sizes.get("validation", 0)) < MIN_IMAGES:
         raise UserError(f"--calibrate: expected at least {MIN_IMAGES} validation images, got {count}")
     if (found := find_bit_depth(data)) is not None:
-        data.bit_depth = config.bit_depth or found
+        data.bit_depth = config.bit_depth or evaluated_bit_depth(config) or found
         data.report.append(
             f"gray images of {data.bit_depth} bits are scaled to 8 bits, while pipelines clip their values at 255; "
             "--bit_depth sets another number"
         )
     return data
+
+
+def evaluated_bit_depth(config: TrainConfig) -> int | None:
+    """The bit depth that a checkpoint was trained with, if this run evaluates it and it says so."""
+    if not config.eval_only or Path(config.model_name_or_path).is_file():
+        return None
+    return trained_bit_depth(config.model_name_or_path)
 
 
 def fit_to_size(config: TrainConfig, data: ImageData, num_processes: int) -> TrainConfig:

@@ -1,8 +1,11 @@
 """What people bring: folders and tables that need an answer before, not after, the training."""
 
+import json
+
 import numpy as np
 import PIL.Image
 import pytest
+from accelerate import Accelerator
 from datasets import Dataset, Features, Image, Value
 
 from vit_simple.data.decoding import load_rgb
@@ -10,6 +13,8 @@ from vit_simple.data.labels import REGRESSION, SINGLE
 from vit_simple.data.loading import load_image_data
 from vit_simple.files import UserError, read_json
 from vit_simple.train import main
+from vit_simple.training.config import TrainConfig
+from vit_simple.training.setup import load_data
 
 
 def image(kind: int = 0) -> PIL.Image.Image:
@@ -282,6 +287,10 @@ def test_images_that_a_pipeline_sees_otherwise_are_counted_with_the_code_that_he
     assert (
         record["changed_images"] == {"more than 8 bits": 2, "transparent": 1} and record["dataset"]["bit_depth"] == 12
     )
+    record["dataset"]["bit_depth"] = 14
+    (tmp_path / "run/provenance.json").write_text(json.dumps(record))
+    evaluation = TrainConfig(dataset_name=folder, model_name_or_path=str(tmp_path / "run"), eval_only=True)
+    assert load_data(evaluation, Accelerator()).bit_depth == 14  # that of the checkpoint, as in predict.py
     code = card.partition("```python\nimport numpy as np\n")[2].partition("```")[0]
     helpful = {name: line for line in code.splitlines() for name in (">> 4", "alpha_composite") if name in line}
     for content, line in ((deep, helpful[">> 4"]), (clear, helpful["alpha_composite"])):

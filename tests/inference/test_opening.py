@@ -1,9 +1,13 @@
 """A checkpoint opens only if all that decides its predictions is known."""
 
+import json
+
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny
+from vit_simple.data.processors import stock_processor
 from vit_simple.files import RunError, UserError
 from vit_simple.inference.opening import open_model, open_record
 from vit_simple.training.lora import add_lora, save_adapter
@@ -34,3 +38,13 @@ def test_adapter_is_refused_with_a_way_out(tmp_path):
     save_adapter(model, model.state_dict(), "base", tmp_path / "adapter")
     with pytest.raises(UserError, match="got an adapter of PEFT in"):
         open_model(tmp_path / "adapter")
+
+
+def test_checkpoint_without_some_weights_is_refused(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stock_processor((16, 16))))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["blocks.1.attn.qkv.weight"], weights["norm.bias"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"it lacks 2 weights, such as blocks\.1\.attn\.qkv\.weight"):
+        open_model(tmp_path)
