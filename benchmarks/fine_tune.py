@@ -126,8 +126,8 @@ def measure(options: argparse.Namespace, data: Path, seed: int, method: str) -> 
         return {method: run(options, data, seed, Path(folder))}
 
 
-def table(runs: list[dict]) -> str:
-    """The mean accuracy and its standard deviation over the seeds, and the mean seconds, of each method."""
+def table(runs: list[dict], with_seconds: bool) -> str:
+    """The mean accuracy and its standard deviation over the seeds of each method, and perhaps the mean seconds."""
     sizes, names = (list(dict.fromkeys(run[key] for run in runs)) for key in ("images_per_class", "method"))
     lines = [["method", *(f"{size} images per class" for size in sizes)], ["---"] * (len(sizes) + 1)]
     for name in names:
@@ -136,8 +136,8 @@ def table(runs: list[dict]) -> str:
             some = [run for run in runs if (run["images_per_class"], run["method"]) == (size, name)]
             scores = [run["accuracy"] for run in some]
             spread = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            seconds = statistics.mean(run["seconds"] for run in some)
-            lines[-1].append(f"{100 * statistics.mean(scores):.1f}%{spread}, {seconds:.0f} s")
+            seconds = f", {statistics.mean(run['seconds'] for run in some):.0f} s" if with_seconds else ""
+            lines[-1].append(f"{100 * statistics.mean(scores):.1f}%{spread}{seconds}")
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -192,8 +192,9 @@ def main():
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    path.with_suffix(".md").write_text(f"{describe(report)}\n\n{table(runs)}", encoding="utf-8")
-    print(table(runs))
+    lines = table(runs, with_seconds=not options.grid)
+    path.with_suffix(".md").write_text(f"{describe(report)}\n\n{lines}", encoding="utf-8")
+    print(lines)
 
 
 if __name__ == "__main__":
