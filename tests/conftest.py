@@ -8,6 +8,8 @@ from pathlib import Path
 # Before the libraries read it: no test reaches for the Hub, and each of the processes that run tests takes one core.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
+import datasets
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
@@ -27,7 +29,8 @@ from vit_simple.train import main
 from vit_simple.training.config import TrainConfig
 from vit_simple.training.setup import processor_content
 
-torch.set_num_threads(1)  # even if torch was imported before this file
+torch.set_num_threads(1)  # even if these libraries were imported before this file, as pytest imports the package
+huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 settings.register_profile("here", database=None, deadline=None)  # no folder is left, nothing is timed
 settings.load_profile("here")
