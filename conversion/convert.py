@@ -276,7 +276,7 @@ def stored_processor(folder: Path | None, base_model: Any, report: list[str]) ->
     optional = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
     try:
         file = Path(cached_file(base_model, PREPROCESSOR))
-        cached_file(base_model, "config.json", **optional)  # comes to lie beside it
+        cached_file(base_model, "config.json", **optional)  # is downloaded into the same folder
     except (OSError, ValueError):  # not found, no access, no name of a repository
         return {}
     report.append(f"took the image processor of the base model, {base_model}, because the checkpoint has none")

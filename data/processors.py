@@ -58,7 +58,7 @@ def stock_processor(image_size: tuple[int, int], shortest_edge: int | None = Non
 
 
 def side_before_crop(side: int, crop_pct: float) -> int:
-    """The side in pixels of which a center crop to `side` keeps the fraction `crop_pct`, rounded as timm does."""
+    """The side in pixels before a center crop to `side` that keeps the fraction `crop_pct`, rounded down as in timm."""
     return math.floor(side / crop_pct)
 
 
