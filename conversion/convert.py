@@ -284,7 +284,7 @@ def stored_processor(folder: Path | None, base_model: Any, report: list[str]) ->
 
 
 def read_processor(folder: Path) -> dict:
-    """The image processor of a folder, {} if it has none; if it names no class, with that of the model's type."""
+    """The image processor of a folder, {} if it has none. If its file names no class, `model_type` decides."""
     combined = read_json(folder / "processor_config.json").get("image_processor")
     processor = read_json(folder / PREPROCESSOR) or combined
     if not processor or names_class(processor):
