@@ -87,7 +87,7 @@ class ViTSimpleConfig(PretrainedConfig):
         interpolate_offset: what is added to the new number of rows and columns to get the scale of that resampling, in
             [0, 1): 0.1 in the repositories of DINO and DINOv2.
         pretrain_image_size: size of the images for which the learned positions are stored, if it is not `image_size`;
-            they are resampled at every step, so that any other size is as exact. An int, a pair or None.
+            they are resampled in every forward pass, so that any other size is as exact. An int, a pair or None.
         kwargs: fields of every transformers config, such as `num_labels`, `id2label` (sets `label2id`, too) and
             `problem_type`; and, for AutoBackbone, `out_features`, `out_indices` and `reshape_hidden_states`.
 
@@ -145,9 +145,9 @@ class ViTSimpleConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in transformers: `kwargs` override fields. Here, a misspelled field is an error, and labels replace the
-        stored ones together, unless only their number is given and stays the same. Given another image or patch size,
-        the learned positions are those of that size.
+        """As in transformers: `kwargs` override fields. Here, a misspelled field is an error. Any of
+        `num_labels`, `id2label` and `label2id` replaces all three stored ones, unless only `num_labels` is given and
+        equals the stored number. A given image or patch size removes `pretrain_image_size`.
         """
         refuse_near_misses(kwargs)
         refuse_kernels(config_dict)  # of the file; `kwargs` are the caller's

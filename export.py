@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("export.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder; the files go into its folder onnx or aot")
-    formats = "onnx: for onnxruntime and browsers; aot: files for this kind of processor or GPU"
+    formats = "onnx: for onnxruntime and browsers; aot: files for this kind of CPU"
     parser.add_argument("--to", choices=("onnx", "aot"), required=True, help=formats)
     parser.add_argument("--dynamic_size", action="store_true", help="onnx: accept any multiple of the patch size")
     parser.add_argument("--attentions", action="store_true", help="onnx: also give the attention weights of each block")

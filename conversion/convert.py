@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -58,7 +59,9 @@ OPTIONS = {  # of `open_checkpoint`
     "num_attention_heads": int | None,
     "crop_pct": float | None,
 }
-WEIGHTS = (*SAFETENSORS, "*.safetensors", *PICKLES, "*.bin", "*.pth")  # the first pattern that matches is used
+# The first pattern that matches is used.
+WEIGHTS = (*SAFETENSORS, *PICKLES, *(f"*.{name}" for name in ("safetensors", "bin", "pth", "pt", "ckpt", "pth.tar")))
+NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.\w+")  # Trainer writes them, too
 
 
 @dataclass
@@ -99,9 +102,10 @@ def find_weights(source: str) -> tuple[Path | None, list[Path]]:
         raise UserError(f"SOURCE: expected a file or a folder, got {path}")  # a FIFO or a device
     refuse_adapter(path)
     for pattern in WEIGHTS:
-        files = sorted(path.glob(pattern))
+        files = sorted(file for file in path.glob(pattern) if not NO_WEIGHTS.fullmatch(file.name))
         if len(files) > 1 and "?" not in pattern:
-            raise UserError(f"expected one weight file in {path}, got {join_names(file.name for file in files)}")
+            names = join_names(file.name for file in files)
+            raise UserError(f"expected one weight file in {path}, got {names}; give one of these files")
         if files:
             return path, files
     raise UserError(f"expected a weight file in {path}, got {join_names(sorted(file.name for file in path.iterdir()))}")
@@ -111,7 +115,7 @@ def download(repo_id: str) -> Path:
     """The folder with the files of a repository, without pickles if there is a safetensors file."""
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=[*DESCRIPTION, *SAFETENSORS]))
-        if not list(folder.glob("*.safetensors")):
+        if not any(list(folder.glob(pattern)) for pattern in SAFETENSORS):
             folder = Path(snapshot_download(repo_id, allow_patterns=[*DESCRIPTION, *PICKLES]))
     except HFValidationError as error:
         raise UserError(f"SOURCE: there is no file, folder or Hub repository {repo_id}") from error
@@ -144,6 +148,8 @@ def open_checkpoint(
     """
     folder, files = find_weights(source)
     content = read_config(folder) if folder else {}
+    if content.get("model_type") == "timm_wrapper":  # of transformers, with timm's fields and model
+        del content["model_type"]
     model_type = content.get("model_type")
     if content:
         fields = CONFIG_FIELDS if model_type is None else {"model_type": str}
@@ -244,8 +250,10 @@ def choose_processor(
         return partial(family_processor, family)
     if pretrained := content.get("pretrained_cfg"):
         return partial(processor_from_timm, pretrained, report=report)
-    if stored := stored_processor(folder, base_model, report):
+    if folder and (stored := read_processor(folder)):
         return lambda _: stored
+    if of_base := processor_of_base(base_model, report):
+        return of_base
     if {"image_mean", "image_std"} <= preprocessing.keys():
         defaults = {"interpolation": "bicubic", "crop_pct": 0.875}
         if assumed := {name: value for name, value in defaults.items() if name not in preprocessing}:
@@ -267,28 +275,40 @@ def no_processor(base_model: str | None) -> str:
     return f"the checkpoint has no image processor: {advice}; {OTHER_PROCESSOR}"
 
 
-def stored_processor(folder: Path | None, base_model: Any, report: list[str]) -> dict:
-    """The image processor of a folder or of its base model; {} if neither has one."""
-    if folder is not None and (processor := read_processor(folder)):
-        return processor
+def processor_of_base(base_model: Any, report: list[str]) -> Callable[[tuple[int, int]], dict] | None:
+    """The image processor of the base model for an image size; None if it has none or cannot be read."""
+    if isinstance(base_model, list) and len(base_model) == 1:
+        (base_model,) = base_model
     if not isinstance(base_model, str):
-        return {}
+        return None
     optional = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
     try:
-        file = Path(cached_file(base_model, PREPROCESSOR))
-        cached_file(base_model, "config.json", **optional)  # is downloaded into the same folder
+        files = [cached_file(base_model, name, **optional) for name in (PREPROCESSOR, "config.json")]
+        files += [] if files[0] else [cached_file(base_model, "processor_config.json", **optional)]
     except (OSError, ValueError):  # not found, no access, no name of a repository
-        return {}
-    report.append(f"took the image processor of the base model, {base_model}, because the checkpoint has none")
-    return read_processor(file.parent)
+        return None
+    folder = next((Path(file).parent for file in files if file), None)
+    if folder is None:
+        return None
+    line = f"took the image processor of the base model, {base_model}, because the checkpoint has none"
+    if stored := read_processor(folder):
+        report.append(line)
+        return lambda _: stored
+    cfg = read_json(folder / "config.json", {"pretrained_cfg": CONFIG_FIELDS["pretrained_cfg"]}).get("pretrained_cfg")
+    if not cfg:
+        return None
+    report.append(line)
+    return partial(processor_from_timm, cfg, report=report)
 
 
 def read_processor(folder: Path) -> dict:
     """The image processor of a folder, {} if it has none. If its file names no class, `model_type` decides."""
     combined = read_json(folder / "processor_config.json").get("image_processor")
-    processor = read_json(folder / PREPROCESSOR) or combined
+    processor = read_json(folder / PREPROCESSOR) or combined or {}
+    if name := processor.get("image_processor_type"):  # ViTFeatureExtractor: the name until transformers 5
+        return processor | {"image_processor_type": str(name).replace("FeatureExtractor", "ImageProcessor")}
     if not processor or names_class(processor):
-        return processor or {}
+        return processor
     model_type = str(read_json(folder / "config.json").get("model_type"))
     return processor | {"image_processor_type": PROCESSOR_OF_TYPE.get(model_type)}
 

@@ -28,6 +28,7 @@ DROPPED = {  # tensors that only pre-training needs: a pattern of their keys, an
     r"decoder[._]": "the decoder",
     r"text_model\.|text_projection\.|logit_scale$": "the text encoder",
     r"embeddings\.position_ids$": "the position ids",
+    r"head\.\d+\.": "the head of several layers",
 }
 REFUSED = {  # other families: a pattern of model types in transformers, model names in timm, and keys; and the reason
     r"deit|.*distilled.*|dist_token|head_dist\..*": "DeiT distilled has a second prefix token with its own head",
@@ -204,6 +205,10 @@ def load_pickle(file: Path) -> Tensors:
             raise RunError(f"{file} cannot be read: {error}") from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it contains {code[1]}, which is not loaded; {SAVE}" if code else "it is damaged or not a checkpoint"
+        if file.suffix == ".npz":
+            reason = "it is a file of JAX; convert the same weights from timm or transformers"
+        elif "TorchScript" in str(error):
+            reason = f"it is a TorchScript archive; {SAVE}"
         raise UserError(f"{file}: expected a file of tensors: {reason}") from error
     tensors: Tensors = dict(islice(flatten(loaded), MAX_ENTRIES + 1))
     if not tensors:

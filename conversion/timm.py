@@ -45,7 +45,7 @@ CONFIG_FIELDS = {  # the types of the fields of timm's config.json that are read
     "architecture": str | None,
     "num_classes": int | None,
     "global_pool": str | None,
-    "label_names": list[str] | None,
+    "label_names": list[str] | dict[str, str] | None,
     "model_args": {
         "img_size": int | list[int] | None,
         "num_heads": int | None,
@@ -240,8 +240,12 @@ def fields_from_head(content: dict, tensors: Tensors, fields: dict) -> dict:
     if weight is None:
         return pooling
     tensors.setdefault("head.bias", weight.new_zeros(count))
-    names = content.get("label_names") or [f"LABEL_{index}" for index in range(count)]
-    if not isinstance(names, list) or len(names) != count:
+    names = content.get("label_names") or {}
+    if isinstance(names, dict):  # {number: name}, for some of the classes
+        if unknown := sorted(names.keys() - {str(index) for index in range(count)}):
+            raise UserError(f"label_names: expected names for the classes 0 to {count - 1}, got {', '.join(unknown)}")
+        names = [names.get(str(index), f"LABEL_{index}") for index in range(count)]
+    if len(names) != count:
         raise UserError(f"label_names: expected a list of {count} names, got {names}")
     return pooling | label_maps(names)
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..files import RunError, UserError
-from .decoding import Decoder, PixelBatch, is_deep, open_image, raise_bad_image
+from .decoding import Decoder, PixelBatch, is_deep, open_image, raise_bad_image, upright_size
 from .labels import BadLabel
 from .loading import ImageData
 from .reading import MACHINE_ERRORS, WAITS, BadImage, read_bytes
@@ -61,10 +61,14 @@ def headers(data: ImageData, limit: int | None = None) -> Iterator[PIL.Image.Ima
 
 
 def have_equal_sizes(data: ImageData) -> bool:
-    """Whether all training images have the same size. Bad images are ignored."""
-    sizes = (image.size for image in headers(data))
-    first = next(sizes, None)
-    return all(size == first for size in sizes)
+    """Whether all training images have the same size when they stand upright. Bad images are ignored."""
+    sizes = set()
+    for image in headers(data):
+        with contextlib.suppress(BadImage), raise_bad_image():  # Pillow decodes a PNG to find its Exif data
+            sizes.add(image.size if image.format == "PNG" else upright_size(image))
+        if len(sizes) > 1:
+            return False
+    return True
 
 
 def find_bit_depth(data: ImageData) -> int | None:

@@ -99,6 +99,17 @@ def same_pixels_code(kinds: Iterable[str], bit_depth: int) -> list[str]:
     return lines
 
 
+def exif_orientation(image: PIL.Image.Image) -> int:
+    """From 1, upright, to 8, as the Exif standard numbers them."""
+    return image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
+
+
+def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
+    """Width and height after the rotation that the Exif data ask for."""
+    is_sideways = exif_orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow swaps those of a TIFF
+    return image.size[::-1] if is_sideways else image.size
+
+
 def is_deep(image: PIL.Image.Image) -> bool:
     """Whether an image is gray with integers of more than 8 bits."""
     return image.mode.startswith("I;16") or image.mode == "I"
@@ -110,7 +121,10 @@ def upper_bits(pixels: np.ndarray, bit_depth: int, has_32_bits: bool) -> np.ndar
     if lowest < 0 or highest >= 2**16 or (has_32_bits and bit_depth == 16 and 0 < highest < 2**8):
         raise BadImage(f"expected pixels of 8 or 16 bits, got 32 bits with values from {lowest} to {highest}")
     if highest >= 2**bit_depth:
-        raise BadImage(f"expected gray values of {bit_depth} bits, got values up to {highest}; use --bit_depth 16")
+        needed = 2 * math.ceil(int(highest).bit_length() / 2)
+        raise BadImage(
+            f"expected gray values of {bit_depth} bits, got values up to {highest}; use --bit_depth {needed} or more"
+        )
     return (pixels >> (bit_depth - 8)).astype(np.uint8)
 
 
@@ -162,9 +176,8 @@ def random_resized_crop(
         return crop_and_resize(source.transpose(1, 2, 0), sample_crop_box(width, height, min_area, generator), size)
     with raise_bad_image():
         image = open_image(source)
-        orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
-        is_sideways = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow swaps the sides of a TIFF itself
-        width, height = image.size[::-1] if is_sideways else image.size
+        orientation = exif_orientation(image)
+        width, height = upright_size(image)
         left, upper, right, lower = sample_crop_box(width, height, min_area, generator)
         scale = max(size[1] / (right - left), size[0] / (lower - upper))
         pixels = None

@@ -82,7 +82,7 @@ def first_bytes(value, sources: tuple[str, ...], count: int | None) -> bytes:
     """
     if isinstance(value, np.ndarray):
         return value.tobytes()[:count]
-    if value is None:
+    if value is None or (value["bytes"] is None and not value["path"]):
         return b""
     if value["bytes"] is not None:
         return b"%d " % len(value["bytes"]) + value["bytes"][:count]

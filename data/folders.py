@@ -56,7 +56,11 @@ def folder_notes(folder: Path, sizes: dict[str, int]) -> list[str]:
         names = ", ".join(f"{name!r} to {name.lower()!r}" for name in capitals)
         raise UserError(f"--dataset_name: splits need lower-case names; rename the folder {names}")
     notes = [left_out_of_dataset(folder), folders_without_images(folder, images), nested_classes(images)]
+    notes.append(read_by_second_extension(files))
     has_table = any(file.name in FolderBasedBuilder.METADATA_FILENAMES for file in files)
+    classes = sorted({file.parent.name for file in images if not SPLIT_NAME.fullmatch(file.parent.name)})
+    if has_table and len(classes) > 1:
+        notes.append(f"the metadata file has the labels: the names of folders, such as {classes[0]!r}, are not used")
     if 0 < (rows := sum(sizes.values())) < len(images):
         why = "the metadata file does not name" if has_table else "are in no folder of a split, or broken links"
         notes.append(f"left out {len(images) - rows} of {len(images)} images, which {why}")
@@ -107,10 +111,27 @@ def left_out_of_dataset(folder: Path) -> str | None:
     return "; ".join(filter(None, [left_out(files), line if unread else None])) or None
 
 
+def has_second_extension(file: PurePosixPath) -> bool:
+    """Whether `datasets` takes a file for an image because of its second extension, such as photo.jpg.json."""
+    return file.suffix.lower() not in IMAGES and PurePosixPath(file.stem).suffix.lower() in IMAGES
+
+
+def read_by_second_extension(files: list[PurePosixPath]) -> str | None:
+    """A line about the `files_in` a folder that may be no images, but are read as such."""
+    found = [file for file in files if has_second_extension(file)]
+    if not found:
+        return None
+    inner = PurePosixPath(found[0].stem).suffix
+    return (
+        f"read {len(found)} files such as {found[0]} as images, because of the {inner} in their names: remove them if "
+        "they are none"
+    )
+
+
 def left_out(files: list[PurePosixPath]) -> str | None:
     """A line about the `files_in` a folder that are probably images, but whose format `datasets` does not read."""
     unread = [file for file in files if file.suffix.lower() not in IMAGES | OTHERS]
-    unread = [file for file in unread if file.suffix]
+    unread = [file for file in unread if file.suffix and not has_second_extension(file)]
     if not unread:
         return None
     counts = Counter(file.suffix.lower() for file in unread)

@@ -312,7 +312,9 @@ class Labels:
             value = list(first_value) if isinstance(first_value, tuple) else first_value
             hint = advice = ""
             if is_missing(value, self.kind):
-                hint = ": they have no label, perhaps because a file is cut off" if value is None else ""
+                hint = ""
+                if value is None:
+                    hint = ": they have no label, perhaps because a file is cut off, or says NA or None in a CSV column"
                 advice = "; --on_missing_label skip leaves out the rows that have no label"
             raise UserError(
                 f"--label_column_name: expected {self.expected}, got {value!r} in row {first_row} of the split "

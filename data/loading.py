@@ -62,7 +62,7 @@ class ImageData:
         array_shape: (C, H, W) of the arrays; None for images.
         sources: where rows may name image files, see `dataset_sources`.
         report: what the user should know before training, one line each.
-        bit_depth: of the gray images with more than 8 bits, see `find_bit_depth`; None if there are none.
+        bit_depth: of the gray images with more than 8 bits, see `find_bit_depth`; None if none is given or found.
         origins: of each split that is not a stream, the split of the dataset and the row numbers there.
     """
 
@@ -193,15 +193,17 @@ def without_progress_bars():
 def builder_arguments(name: str, config_name: str | None, revision: str | None) -> dict:
     """The arguments of `datasets.load_dataset` for a Hub id, a folder or a file."""
     path = local_path(name)
-    if path.suffix in BUILDERS and path.is_file():
-        return {"path": BUILDERS[path.suffix], "data_files": str(path)}
-    return {"path": str(path) if path.exists() else name, "name": config_name, "revision": revision}
+    if not path.exists():
+        return {"path": name, "name": config_name, "revision": revision}
+    if path.is_dir():  # an absolute path: a folder may have the name of a builder, such as imagefolder
+        return {"path": str(path.absolute()), "name": config_name}
+    return {"path": BUILDERS[path.suffix], "data_files": str(path)}
 
 
 def local_path(name: str) -> Path:
     """The file or folder of that name; `data/digits` is also found in the repository's root."""
     path = Path(name)
-    return ROOT / name if not path.exists() and (ROOT / name).is_dir() else path
+    return ROOT / name if path == Path("data/digits") and not path.exists() else path
 
 
 def is_saved(path: Path) -> bool:
@@ -246,6 +248,15 @@ def open_splits(
         UserError: it cannot be loaded.
     """
     path = local_path(name)
+    if path.exists() and revision is not None:
+        raise UserError(f"--dataset_revision is for datasets on the Hub, but {name!r} is on this machine")
+    if (path.is_file() or is_saved(path)) and config_name is not None:
+        raise UserError(f"--dataset_config_name: {name!r} has no configurations")
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise UserError(
+            f"--dataset_name: expected a folder or a {', '.join(BUILDERS)} file, got {name!r}; unpack an archive, and "
+            "put a table of labels beside the images as metadata.csv, with the columns file_name and label"
+        )
     if is_saved(path) and streaming:
         raise UserError(
             f"--streaming cannot be used with {name!r}, which was written by save_to_disk: it is read from the disk, "
@@ -296,8 +307,9 @@ def check_class_names(dataset: str, config_name: str | None, splits: dict, colum
     path = local_path(dataset)
     if splits["train"].info.builder_name == "parquet" and path.exists() and not is_saved(path):
         found = load_dataset_builder(**builder_arguments(dataset, config_name, None)).config.data_files.values()
-        files = itertools.chain(*found)
-        stored = {file: Features.from_arrow_schema(pyarrow.parquet.read_schema(file)) for file in files}
+        for file in itertools.chain(*found):
+            with raise_user_error(f"--dataset_name: {file} cannot be read"):
+                stored[file] = Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
     for places in ({f"the split {split!r}": rows.features for split, rows in splits.items()}, stored):
         first: dict[int, tuple[str, str]] = {}  # of each number, where it is found and its class
         for place, features in places.items():
@@ -341,6 +353,7 @@ def check_splits(
         del splits[split], counts[split]
     labels = column.build(counts.get("train"))
     if "test" in splits and test is not None and labels.are_hidden(test):
+        report.append("the split 'test' is not used, because none of its rows has a label")
         del splits["test"]
         counts.pop("test", None)
     for split, split_counts in counts.items():

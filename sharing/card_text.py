@@ -284,26 +284,28 @@ def training(facts: Facts) -> str:
 
 
 def plural(count: float, noun: str) -> str:
-    return f"{count:,.4g} {noun}" if count == 1 else f"{count:,.4g} {noun}s"
+    number = f"{count:,.4g}" if count < 1000 else f"{count:,.0f}"
+    return f"{number} {noun}" if count == 1 else f"{number} {noun}s"
 
 
 def changed_images(facts: Facts) -> str:
     """Which images a pipeline sees with other pixels than the training did, and the code that avoids it."""
-    changed, bit_depth = facts.record.get("changed_images") or {}, facts.dataset.get("bit_depth") or 16
-    if not changed and facts.dataset.get("has_16_bit_images"):
+    changed, bit_depth = facts.record.get("changed_images"), facts.dataset.get("bit_depth") or 16
+    if changed is None and facts.dataset.get("has_16_bit_images"):
         changed = {DEEP: None}  # of a run before the images were counted, or not at its end
     if not changed:
         return ""
     counts = [
-        f"{count:,} images ({markdown(reason)})" if count else markdown(reason) for reason, count in changed.items()
+        f"{plural(count, 'image')} ({markdown(reason)})" if count else markdown(reason)
+        for reason, count in changed.items()
     ]
     code = same_pixels_code(" ".join(changed), bit_depth)
     imports = ["import numpy as np"] if any("np." in line for line in code) else []
     imports += ["from PIL import Image", ""]
     kinds = markdown(", ".join(counts))
     return (
-        f"A pipeline sees other pixels than the training of these images: {kinds}. Training scaled gray values to 8 "
-        "bits and drew transparent images on white. To do the same, before the pipeline:\n\n"
+        f"For some images, a pipeline gives the model other pixels than training did: {kinds}. Training scaled gray "
+        "values to 8 bits and drew transparent images on white. To do the same, before the pipeline:\n\n"
         f"{fenced(chr(10).join([*imports, *code]), 'python')}\n"
     )
 

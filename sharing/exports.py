@@ -3,12 +3,13 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 from ..files import RECORD, read_json, write_atomically
 from .markdown import markdown
 from .outgoing import cut_record
-from .record import hardware
+from .record import processor_name
 
 PACKAGES = ("torch", "onnxscript", "onnxruntime", "torchao")
 HEADER = ["model", "size", "images/s", "largest difference", "agreement", "accuracy"]
@@ -18,7 +19,7 @@ def record_exports(folder: Path, measured: dict) -> dict:
     """Adds what `export_checkpoint` measured to provenance.json, with the machine and the versions; returns it."""
     installed = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
     versions = {name: importlib.metadata.version(name) for name in installed}
-    exports = {**measured, "hardware": hardware(), "versions": versions}
+    exports = {**measured, "hardware": f"{os.cpu_count()} cores of {processor_name()}", "versions": versions}
     content = cut_record(read_json(folder / RECORD) | {"exports": exports})
     write_atomically(folder / RECORD, json.dumps(content, indent=2) + "\n")
     return content["exports"]
@@ -65,9 +66,9 @@ def section(exports: dict) -> str:
     table = [HEADER, ["---"] * len(HEADER), *([markdown(name), *cells] for name, *cells in rows(exports))]
     return "\n".join(
         [
-            f"Measured on {markdown(conditions(exports))}. Difference and agreement are those with PyTorch: of the "
-            "outputs, and of the class, the labels or the numbers that the model predicts. Files in `aot/` work on one "
-            "kind of machine and are not shared.",
+            f"Measured on {markdown(conditions(exports))}. The difference is the largest one between an output and "
+            "PyTorch's. The agreement is the fraction of images, or of labels, with PyTorch's prediction; for numbers "
+            "and features, 1 minus the relative error. Files in `aot/` work on one kind of machine and are not shared.",
             "",
             *(f"| {' | '.join(row)} |" for row in table),
         ]

@@ -11,8 +11,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from ..conversion.convert import Checkpoint
-from ..data.loading import ImageData
-from ..files import NETWORK_ERRORS, ONNX_FILES, ROOT, UserError
+from ..data.loading import ImageData, local_path
+from ..files import NETWORK_ERRORS, ONNX_FILES, UserError
 from ..training.config import TrainConfig
 from .network import announced, with_retries
 from .outgoing import copy_regular_files
@@ -48,7 +48,7 @@ def record_run(config: TrainConfig, data: ImageData, base: Checkpoint | None, fo
         if config.adapter_base is not None and "base_model" in facts:
             facts["base_model_relation"] = "adapter"
     name, revision = config.dataset_name, config.dataset_revision
-    on_hub = not Path(name).exists() and not (ROOT / name).exists()
+    on_hub = not local_path(name).exists()
     if on_hub:
         what = "the Hub: reading the revision of the dataset"
         with contextlib.suppress(*NETWORK_ERRORS), announced(what):

@@ -32,7 +32,7 @@ def open_base(config: TrainConfig) -> Checkpoint | None:
         return open_checkpoint(source, **options)
     except (UserError, OSError) as error:
         reason = str(error).removeprefix("SOURCE: ")
-        named = [name for name in OPTIONS if f"--{name}" in reason]
+        named = [name for name in OPTIONS if f"--{name}" in reason and name not in options]
         hint = f"; train.py takes them as --conversion '{{{named[0]}: VALUE}}'" if named else ""
         raise UserError(f"--model_name_or_path: {source} cannot be read: {reason}{hint}") from error
 
@@ -97,7 +97,8 @@ def base_processor(base: Checkpoint, image_size: tuple[int, int], crop_pct: floa
         content = content | {
             name: crop[name] for name in ("image_processor_type", "size", "do_center_crop", "crop_size")
         }
-    content = {name: value for name, value in content.items() if name != "crop_size"} | padding if padding else content
+    if padding:
+        content = {name: value for name, value in content.items() if name != "crop_size"} | padding
     return fit_processor(content, change(base.config, image_size=list(image_size)), base.report)
 
 

@@ -116,7 +116,7 @@ class TrainConfig:
         "model", None, COUNT, "image height and width in pixels (default: 224, or the checkpoint's)"
     )
     model: dict | None = option(
-        "model", None, None, "ViTSimpleConfig fields as YAML; replaces --variant and --image_size"
+        "model", None, None, "ViTSimpleConfig fields as YAML, instead of --variant and --image_size"
     )
     model_name_or_path: str | None = option(
         "model",
@@ -298,6 +298,8 @@ class TrainConfig:
             raise UserError("--eval_only needs --model_name_or_path, the checkpoint to evaluate")
         if self.eval_only and self.calibrate:
             raise UserError("--calibrate cannot be combined with --eval_only, which writes nothing")
+        if self.eval_only and self.push_to_hub:
+            raise UserError("--push_to_hub cannot be combined with --eval_only: push_to_hub.py pushes a checkpoint")
 
     def check_lora_options(self):
         """Raises UserError if the options of LoRA conflict with others."""
@@ -438,8 +440,9 @@ def parse_config(arguments: list[str], description: str = "") -> TrainConfig:
     replaced = set()  # the command line's model replaces the recipe's
     if {"variant", "model", "model_name_or_path"} & given.keys():
         replaced = {"variant", "image_size", "model", "model_name_or_path", "conversion"}
-    elif "image_size" in given:
-        replaced = {"model"}
+    elif "image_size" in given and "model" in recipe:
+        size = TrainConfig(image_size=convert("image_size", given.pop("image_size"))).image_size  # checks it
+        given["model"] = {**recipe["model"], "image_size": size}
     recipe = {name: value for name, value in recipe.items() if name not in replaced}
     config = TrainConfig(**{name: convert(name, value) for name, value in {**recipe, **given}.items()})
     if path is None and config.model_name_or_path is not None:

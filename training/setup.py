@@ -98,8 +98,9 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
         raise UserError("--calibrate needs classes, but the labels are numbers (regression)")
     if config.calibrate and (count := data.sizes.get("validation", 0)) < MIN_IMAGES:
         raise UserError(f"--calibrate: expected at least {MIN_IMAGES} validation images, got {count}")
-    if (found := find_bit_depth(data)) is not None:
-        data.bit_depth = config.bit_depth or evaluated_bit_depth(config) or found
+    found = find_bit_depth(data)
+    data.bit_depth = config.bit_depth or (found and (evaluated_bit_depth(config) or found))
+    if found is not None:
         data.report.append(
             f"gray images of {data.bit_depth} bits are scaled to 8 bits, while pipelines clip their values at 255; "
             "--bit_depth sets another number"
@@ -302,7 +303,9 @@ def processor_content(
         raise UserError("--crop_pct and --resize fit cannot be combined with arrays, which are not resized")
     padding = padding_fields(image_size) if config.resize == "fit" else {}
     if base is not None:
-        return base_processor(base, image_size, config.crop_pct, padding)
+        content = base_processor(base, image_size, config.crop_pct, padding)
+        unchanged = {"do_convert_rgb": False, "do_resize": False, "do_center_crop": False}
+        return content if array_shape is None else content | unchanged
     height, width = image_size
     if height != width and config.crop_pct is not None:
         raise UserError(f"--crop_pct needs a square image_size, got {image_size}")
@@ -348,7 +351,7 @@ def build_splits(
         if name == "train" and config.eval_only:
             continue
         split_area = min_area if name == "train" else 0.0
-        is_array, bit_depth = data.array_shape is not None, config.bit_depth or data.bit_depth or 16
+        is_array, bit_depth = data.array_shape is not None, data.bit_depth or 16
         decode = Decoder(processor, shape, is_array, split_area, config.seed, data.sources, bit_depth)
         arguments = (data, name, decode, context, config.on_bad_image, config.seed)
         if config.streaming:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.conversion.parity import IMAGES, assert_alike, open_folder, outputs, 
 from tests.fake_hub.hub import Hub
 from vit_simple import ViTSimpleConfig
 from vit_simple.configuration_vit_simple import label_maps, pair
-from vit_simple.conversion.convert import open_checkpoint
+from vit_simple.conversion.convert import find_weights, open_checkpoint
 from vit_simple.conversion.processors import SQUASHED, fit_processor, processor_from_timm, processor_to_timm
 from vit_simple.conversion.state_dict import DROPPED
 from vit_simple.convert_checkpoint import convert, main
@@ -410,6 +411,10 @@ def test_weight_file_with_its_own_name_ignores_the_files_beside_it(tmp_path):
         ({"architecture": "vit_base_patch16_224", "global_pool": "map"}, "global_pool: expected token"),
         ({"architecture": "vit_base_patch16_224", "label_names": ["a"]}, "label_names: expected a list of 5 names"),
         (
+            {"architecture": "vit_base_patch16_224", "label_names": {"0": "a", "5": "b", "x": "c"}},
+            "label_names: expected names for the classes 0 to 4, got 5, x",
+        ),
+        (
             {"architecture": "vit_base_patch16_224", "model_args": {"img_size": 32}},
             "has the shape (1, 17, 32) instead of",
         ),
@@ -427,6 +432,16 @@ def test_timm_config_that_is_unsupported_or_contradicts_the_tensors_is_refused(t
         content["model_args"] = {"num_heads": 4, **content.get("model_args", {})}
     (tmp_path / "peer/config.json").write_text(json.dumps(content))
     assert reason in refusal(tmp_path, tmp_path / "peer", family="deit")
+
+
+def test_timm_class_names_may_be_numbered_and_have_gaps(tmp_path):
+    save_file(tiny().state_dict(), tmp_path / "model.safetensors")
+    content = {"architecture": "vit_base_patch16_224", "model_args": {"num_heads": 4, "img_size": 16}}
+    content["label_names"] = {"3": "dog", "0": "cat"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    convert(tmp_path, tmp_path / "out", family="deit")
+    names = open_folder(tmp_path / "out").config.id2label
+    assert names == {0: "cat", 1: "LABEL_1", 2: "LABEL_2", 3: "dog", 4: "LABEL_4"}
 
 
 @pytest.fixture
@@ -487,6 +502,70 @@ def test_old_image_processor_of_the_base_model_is_opened_by_its_config(peer, tmp
     convert(tmp_path / "peer", tmp_path / "out", base_model=str(tmp_path / "base"))
     written = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
     assert (written["image_processor_type"], written["size"]) == ("ViTImageProcessor", {"height": 16, "width": 16})
+
+
+def test_image_processor_with_the_old_name_of_its_class_is_read(peer, tmp_path):
+    peer("google/vit")
+    (tmp_path / "peer/preprocessor_config.json").write_text(
+        json.dumps(OLD | {"image_processor_type": "ViTFeatureExtractor"})
+    )
+    convert(tmp_path / "peer", tmp_path / "out")
+    written = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert written["image_processor_type"] == "ViTImageProcessor" and written["image_std"] == OLD["image_std"]
+
+
+def test_timm_config_of_the_base_model_states_the_preprocessing(tmp_path):
+    tiny().save_pretrained(tmp_path / "ours")
+    save_file(tiny().state_dict(), tmp_path / "mine.safetensors")
+    (tmp_path / "base").mkdir()
+    cfg = {"mean": [0.1] * 3, "std": [0.2] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
+    (tmp_path / "base/config.json").write_text(json.dumps({"pretrained_cfg": cfg}))
+    base = str(tmp_path / "base")
+    convert(tmp_path / "mine.safetensors", tmp_path / "out", base_model=base, num_attention_heads=4, hidden_act="gelu")
+    assert json.loads((tmp_path / "out/preprocessor_config.json").read_text())["image_std"] == [0.2] * 3
+
+
+def test_timm_model_that_transformers_saved_is_opened(tmp_path):
+    model = tiny()
+    save_file(
+        {f"timm_model.{key}": tensor for key, tensor in model.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    content = {"model_type": "timm_wrapper", "architecture": "vit_base_patch4_16", "num_classes": 5}
+    content |= {"model_args": {"num_heads": 4, "img_size": 16}, "label_names": list("abcde")}
+    content["pretrained_cfg"] = {"input_size": [3, 16, 16], "mean": [0.1] * 3, "std": [0.2] * 3, "crop_pct": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    convert(tmp_path, tmp_path / "out")
+    ours = open_folder(tmp_path / "out")
+    assert list(ours.config.id2label.values()) == list("abcde")
+    assert_alike(outputs(ours, IMAGES[16]), outputs(model, IMAGES[16]))
+
+
+def test_standard_names_come_before_others_and_no_file_of_an_optimizer_counts(tmp_path):
+    for name in ("open_clip_model.safetensors", "training_args.bin", "optimizer.bin", "rng_state_0.pth", "a.ckpt"):
+        (tmp_path / name).touch()
+    (tmp_path / "open_clip_model.safetensors").rename(tmp_path / "other")
+    assert [file.name for file in find_weights(str(tmp_path))[1]] == ["a.ckpt"]
+    (tmp_path / "other").rename(tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "pytorch_model.bin").touch()
+    assert [file.name for file in find_weights(str(tmp_path))[1]] == ["pytorch_model.bin"]
+
+
+def test_head_of_several_layers_is_dropped(tmp_path):
+    """The momentum encoder of MoCo v3 has its projection in the place of the head."""
+    tensors = {key: tensor for key, tensor in tiny().state_dict().items() if not key.startswith("head.")}
+    tensors |= {"head.0.weight": torch.zeros(8, 32), "head.1.running_mean": torch.zeros(8)}
+    torch.save({"state_dict": {f"module.base_encoder.{key}": t for key, t in tensors.items()}}, tmp_path / "m.pth.tar")
+    report = convert(tmp_path / "m.pth.tar", tmp_path / "out", family="deit", num_attention_heads=4)
+    assert "dropped the head of several layers: head.0.weight, head.1.running_mean" in report
+
+
+@pytest.mark.parametrize("name, message", [("a.npz", "it is a file of JAX"), ("a.pt", "it is a TorchScript archive")])
+def test_files_of_other_formats_are_named(tmp_path, name, message):
+    if name == "a.npz":
+        np.savez(tmp_path / name, kernel=np.zeros(3))
+    else:
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / name)
+    assert message in refusal(tmp_path, tmp_path / name, family="augreg")
 
 
 def test_image_processor_of_no_class_that_transformers_knows_is_refused_in_one_line(peer, tmp_path):

@@ -8,9 +8,10 @@ import pytest
 from accelerate import Accelerator
 from datasets import Dataset, Features, Image, Value
 
+from vit_simple.data.dataloader import have_equal_sizes
 from vit_simple.data.decoding import load_rgb
 from vit_simple.data.labels import REGRESSION, SINGLE
-from vit_simple.data.loading import load_image_data
+from vit_simple.data.loading import load_image_data, local_path
 from vit_simple.files import UserError, read_json
 from vit_simple.train import main
 from vit_simple.training.config import TrainConfig
@@ -167,6 +168,11 @@ def test_files_that_are_not_read_as_images_are_counted_and_named(tmp_path):
         ),
         ([*classes("cat", "dog"), "train/fox/"], "without images, and so no classes: train/fox"),
         (
+            [*classes("cat", "dog"), "train/cat/1.jpg.json", "train/dog/1.jpg.2"],
+            "read 2 files such as train/cat/1.jpg.json as images, because of the .jpg in their names: remove them if "
+            "they are none",
+        ),
+        (
             [
                 f"{name}/{name}_{split}_{number}.png"
                 for name in "ab"
@@ -207,6 +213,41 @@ def test_images_without_a_row_of_metadata_are_counted(tmp_path):
     rows = "".join(f"{number}.png,{number % 2}\n" for number in range(22))
     (tmp_path / "metadata.csv").write_text("file_name,label\n" + rows)
     assert "left out 2 of 24 images, which the metadata file does not name" in load_image_data(folder).report
+
+
+def test_folders_beside_metadata_are_said_to_be_no_classes(tmp_path):
+    files = classes("cat", "dog")
+    write(tmp_path, *files)
+    rows = "".join(f"{file.removeprefix('train/')},{number % 2}\n" for number, file in enumerate(files))
+    (tmp_path / "train/metadata.csv").write_text("file_name,photographer\n" + rows)
+    report = load_image_data(str(tmp_path)).report
+    assert "the metadata file has the labels: the names of folders, such as 'cat', are not used" in report
+
+
+def test_folder_with_the_name_of_a_format_is_read_itself(tmp_path, monkeypatch):
+    write(tmp_path / "imagefolder", *classes("cat", "dog"))
+    write(tmp_path / "pets", *classes("fox", "hen"))
+    monkeypatch.chdir(tmp_path)
+    assert load_image_data("imagefolder").labels.class_names == ["cat", "dog"]
+
+
+def test_folders_of_the_package_are_not_taken_for_a_missing_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_path("data/digits").is_dir() and not local_path("data").exists()
+
+
+@pytest.mark.parametrize(
+    "file, options, message",
+    [
+        ("labels.csv", {}, "expected a folder or a .parquet, .arrow, .tar file, got .*labels.csv'; unpack an archive"),
+        ("a.parquet", {"revision": "main"}, "--dataset_revision is for datasets on the Hub"),
+        ("a.parquet", {"config_name": "plain"}, "--dataset_config_name: .*a.parquet' has no configurations"),
+    ],
+)
+def test_files_that_need_another_form_or_no_option_are_refused(tmp_path, file, options, message):
+    (tmp_path / file).write_text("")
+    with pytest.raises(UserError, match=message):
+        load_image_data(str(tmp_path / file), **options)
 
 
 def test_classes_whose_folders_are_not_read_are_named(tmp_path):
@@ -302,8 +343,21 @@ def test_images_that_a_pipeline_sees_otherwise_are_counted_with_the_code_that_he
 def test_gray_values_beyond_the_bit_depth_are_refused():
     pixels = PIL.Image.fromarray(np.array([[0, 5000]], np.uint16))
     assert np.asarray(load_rgb(pixels.copy(), bit_depth=14))[0, 1, 0] == 5000 >> 6
-    with pytest.raises(UserError, match="expected gray values of 12 bits, got values up to 5000; use --bit_depth 16"):
+    with pytest.raises(UserError, match="of 12 bits, got values up to 5000; use --bit_depth 14 or more"):
         load_rgb(pixels, bit_depth=12)
+
+
+def test_photographs_of_both_orientations_have_different_sizes(tmp_path):
+    photograph, sideways = PIL.Image.new("RGB", (16, 12)), PIL.Image.Exif()
+    sideways[PIL.ExifTags.Base.Orientation] = 6
+    for number in range(24):
+        file = tmp_path / f"train/{'ab'[number % 2]}/{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        photograph.save(file, exif=sideways if number > 20 else b"")
+    data = load_image_data(str(tmp_path), validation_fraction=0)
+    assert not have_equal_sizes(data)
+    data.splits["train"] = data.splits["train"].select(range(8))
+    assert have_equal_sizes(data)
 
 
 # Names

@@ -4,7 +4,7 @@ import numpy as np
 from datasets import Array3D, Dataset, Features
 
 from tests.conftest import DIGITS, classes, data_of, photographs
-from vit_simple.data.fingerprint import differences, fingerprint, hash_images
+from vit_simple.data.fingerprint import differences, fingerprint, first_bytes, hash_images
 from vit_simple.data.loading import ImageData, load_image_data
 
 
@@ -39,6 +39,10 @@ def test_fingerprint_sees_images_that_rows_name_by_relative_paths(tmp_path):
     before = fingerprint(data, "")
     shutil.copy(files[2], files[0])
     assert differences(before, fingerprint(data, "")) == ["train images have changed", "test images have changed"]
+
+
+def test_missing_image_has_no_bytes():
+    assert first_bytes(None, (), 10) == first_bytes({"bytes": None, "path": None}, ("folder",), 10) == b""
 
 
 def test_hash_of_all_images_sees_every_byte():

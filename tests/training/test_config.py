@@ -28,6 +28,12 @@ def test_variant_of_command_line_replaces_model_of_recipe():
     assert (config.model, config.variant, config.optim) == (None, "Ti/4", "muon")
 
 
+def test_image_size_of_command_line_changes_the_model_of_the_recipe():
+    model = parse_config([str(ROOT / "recipes/cifar10.yaml")]).model
+    config = parse_config([str(ROOT / "recipes/cifar10.yaml"), "--image_size", "64"])
+    assert config.model == model | {"image_size": 64} and config.image_size is None
+
+
 def test_help_lists_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -197,6 +198,15 @@ def test_resize_fit_pads_and_never_crops(checkpoint):
     for name in ("random_resized_crop", "crop_pct"):
         with pytest.raises(UserError, match="nothing is cropped"):
             TrainConfig(resize="fit", **{name: 0.5})
+
+
+def test_arrays_are_not_resized_by_the_image_processor_of_a_checkpoint(checkpoint):
+    base = open_base(TrainConfig(model_name_or_path=checkpoint[1]))
+    content = processor_content(TrainConfig(), (16, 16), cropped=False, array_shape=(3, 16, 16), base=base)
+    array = np.random.default_rng(0).integers(0, 255, (3, 16, 16), dtype=np.uint8)
+    made = open_processor(content)(array, input_data_format="channels_first", return_tensors="np").pixel_values[0]
+    mean, std = (np.array(content[name])[:, None, None] for name in ("image_mean", "image_std"))
+    assert np.allclose(made, (array / 255 - mean) / std, atol=1e-6)
 
 
 def test_fine_tuning_pads_images_if_the_checkpoint_does(checkpoint):

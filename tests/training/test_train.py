@@ -457,6 +457,10 @@ def test_recipe_errors_name_the_option(tmp_path, text, message):
         ),
         (["--conversion", "{family: dino}"], "--conversion needs --model_name_or_path"),
         (["--eval_only"], "--eval_only needs --model_name_or_path, the checkpoint to evaluate"),
+        (
+            ["--eval_only", "--model_name_or_path", "x", "--push_to_hub", "--hub_model_id", "a/b"],
+            "--push_to_hub cannot be combined with --eval_only",
+        ),
         (["--eval_only", "maybe"], "--eval_only: expected true or false, got 'maybe'"),
         (["--report_to", "wandb"], "--report_to: expected wandb to be installed: pip install wandb"),
         (["--on_bad_image", "ignore"], "--on_bad_image: expected error or skip, got 'ignore'"),
