@@ -148,8 +148,6 @@ def open_checkpoint(
     """
     folder, files = find_weights(source)
     content = read_config(folder) if folder else {}
-    if content.get("model_type") == "timm_wrapper":  # of transformers, with timm's fields and model
-        del content["model_type"]
     model_type = content.get("model_type")
     if content:
         fields = CONFIG_FIELDS if model_type is None else {"model_type": str}
@@ -215,6 +213,8 @@ def read_config(folder: Path) -> dict:
         UserError: it is damaged, or names attention kernels of the Hub.
     """
     content = read_json(folder / "config.json")
+    if content.get("model_type") == "timm_wrapper":  # of transformers: the other fields and the model are timm's
+        del content["model_type"]
     try:
         refuse_kernels(content)
     except ValueError as error:

@@ -5,7 +5,7 @@ Sources: layer decay, warmup and a cosine schedule from BEiT (Bao et al., 2021, 
 arXiv:1912.11370, section 3.3); a learning rate that grows with the square root of the batch, as suits Adam (Malladi et
 al., 2022, arXiv:2205.10287). For LoRA, one learning rate for all layers, as in its paper (Hu et al., 2021,
 arXiv:2106.09685, appendix D), about ten times that of full fine-tuning (Biderman et al., 2024, arXiv:2405.09673).
-recipes/fine_tune.yaml says what was measured for full fine-tuning.
+recipes/fine_tune.yaml and docs/fine_tuning.md say what was measured.
 """
 
 import math
