@@ -4,8 +4,9 @@
 
 Both train the recipe's model with train.py in float32 for two epochs of the same 5,000 images, in batches of 25, and
 are tested on the same 1,000 images. The recipe keeps its optimizers, learning rates, padded crop and flip. RandAugment,
-CutMix and label smoothing, which only long training needs, are off, and the weights are averaged. The example uses AdamW without weight decay or warmup, a linear schedule, RandomResizedCrop, flip, and the
-learning rate 3e-4, which was not tuned.
+CutMix and label smoothing, which only long training needs, are off, and the weights are averaged. The example uses
+AdamW without weight decay or warmup, a linear schedule, RandomResizedCrop, flip, and the learning rate 3e-4, which was
+not tuned.
 """
 
 import argparse
