@@ -440,7 +440,7 @@ def parse_config(arguments: list[str], description: str = "") -> TrainConfig:
     replaced = set()  # the command line's model replaces the recipe's
     if {"variant", "model", "model_name_or_path"} & given.keys():
         replaced = {"variant", "image_size", "model", "model_name_or_path", "conversion"}
-    elif "image_size" in given and "model" in recipe:
+    elif "image_size" in given and isinstance(recipe.get("model"), dict):
         size = TrainConfig(image_size=convert("image_size", given.pop("image_size"))).image_size  # checks it
         given["model"] = {**recipe["model"], "image_size": size}
     recipe = {name: value for name, value in recipe.items() if name not in replaced}

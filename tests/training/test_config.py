@@ -32,6 +32,8 @@ def test_image_size_of_command_line_changes_the_model_of_the_recipe():
     model = parse_config([str(ROOT / "recipes/cifar10.yaml")]).model
     config = parse_config([str(ROOT / "recipes/cifar10.yaml"), "--image_size", "64"])
     assert config.model == model | {"image_size": 64} and config.image_size is None
+    with pytest.raises(UserError, match="--image_size: expected a number in"):
+        parse_config([str(ROOT / "recipes/cifar10.yaml"), "--image_size", "0"])
 
 
 def test_help_lists_every_option_with_its_default(capsys):
