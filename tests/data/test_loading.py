@@ -195,7 +195,9 @@ def test_label_out_of_range_is_found_in_any_split(tmp_path):
 @pytest.mark.parametrize("hidden", [-1, None])
 def test_hidden_test_labels_leave_the_test_split_out(tmp_path, hidden):
     save(tmp_path / "set", [0, 1] * 4)
-    assert "test" not in load(save(tmp_path / "set", [hidden, hidden], split="test")).splits
+    data = load(save(tmp_path / "set", [hidden, hidden], split="test"))
+    assert "test" not in data.splits
+    assert "the split 'test' is not used, because none of its rows has a label" in data.report
     with pytest.raises(UserError, match=f"got {hidden} in row 1 of the split 'test'"):
         load(save(tmp_path / "set", [0, hidden], split="test"))
 
@@ -208,6 +210,13 @@ def test_split_whose_rows_are_all_left_out_is_not_used(tmp_path, split, streamin
     data = load(folder, on_missing_label="skip", streaming=streaming)
     assert f"the split {split!r} is not used, because it has no rows" in data.report
     assert data.sizes == ({"train": 8} if streaming else {"train": 6, "validation": 2})
+
+
+def test_damaged_shard_of_a_stream_is_named(tmp_path):
+    folder = save(tmp_path / "set", [0, 1] * 4)
+    (tmp_path / "set/train-00001-of-00002.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(UserError, match=r"--dataset_name: .*train-00001-of-00002\.parquet cannot be read: "):
+        load(folder, streaming=True)
 
 
 def saved(folder, **splits: Dataset) -> str:
